@@ -1,0 +1,209 @@
+"""The contract between a hospital and the server: all that a site may be asked, all that leaves it.
+
+A site's data officer can read this one file to know what crosses the wire. Every type here travels as canonical JSON
+plus raw little-endian float32 arrays: no pickle, no header inside the array bytes that could declare more than there is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from medsegdiff.config import DiffusionConfig, ModelConfig, SamplingConfig, TrainingConfig
+from medsegdiff.data.dataset import DatasetConfig
+from medsegdiff.errors import UserError
+from medsegdiff.strict import Strict, canonical_json
+from medsegdiff.weights import ModelCard
+
+CONTRACT_VERSION = 1
+RAW = "medsegfed.raw"  # array bytes: C order, little endian, nothing else
+
+T = TypeVar("T")
+
+
+class ContractError(UserError):
+    """A message that does not keep the contract."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class TrainTask(Strict):
+    """All that a site may be asked: fixed for a whole run, and what its data officer approves."""
+
+    dataset: DatasetConfig  # channels, labels and targets that a site's data must have
+    model: ModelConfig
+    rounds: int
+    local_steps: int  # optimizer steps a round
+    seed: int
+    diffusion: DiffusionConfig = DiffusionConfig()
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    proximal_mu: float = 0.0  # FedProx (Li et al. 2020); 0 is FedAvg
+    threads: int = 2  # torch threads: the same count gives the same bits
+    contract_version: int = CONTRACT_VERSION
+
+    def __post_init__(self) -> None:
+        _require(self.contract_version == CONTRACT_VERSION, _version_message(self.contract_version))
+        for name, low, high in (("rounds", 1, 100_000), ("local_steps", 1, 1_000_000), ("threads", 1, 1024)):
+            _require(
+                low <= getattr(self, name) <= high, f"{name} must lie in {low}..{high}, found {getattr(self, name)}"
+            )
+        _require(0 <= self.seed < 2**63, f"seed must lie in 0..2**63 - 1, found {self.seed}")
+        _require(0 <= self.proximal_mu < 1000, f"proximal_mu must lie in [0, 1000), found {self.proximal_mu}")
+
+    @property
+    def card(self) -> ModelCard:
+        """What a model file trained by this task states about itself."""
+        return ModelCard(self.model, self.diffusion, self.sampling, self.dataset)
+
+
+def _version_message(found: int) -> str:
+    return (
+        f"contract version {found} meets {CONTRACT_VERSION} here: server and sites must run versions of medsegfed with "
+        "the same contract. Update the older side; nothing was trained"
+    )
+
+
+@dataclass(frozen=True)
+class Assignment(Strict):
+    """Which round of which run, starting from (or scoring) which model."""
+
+    run: str
+    round: int  # 1, 2, ...
+    model_hash: str  # hex SHA-256 of the weights sent along
+
+
+@dataclass(frozen=True)
+class Presence(Strict):
+    """A site's answer to "who is there?"."""
+
+    site: str
+    train_patients: int
+    test_patients: int
+    faults: int  # cases of the site's data that cannot be used
+    contract_version: int = CONTRACT_VERSION
+
+
+@dataclass(frozen=True)
+class Update(Strict):
+    """All that leaves a hospital after training in a round. A new field is a privacy decision.
+
+    delta (kept beside the fields below on the wire): trained minus received weights, float32, one array per name.
+    """
+
+    site: str
+    run: str
+    round: int
+    base_hash: str  # the model the delta starts from
+    patients: int  # n: training patients, the weight of the site
+    steps: int
+    loss: float  # mean diffusion loss over the steps
+    seconds: float
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.loss) and math.isfinite(self.seconds), "loss and seconds must be finite numbers")
+        _require(self.seconds >= 0, f"seconds must not be negative, found {self.seconds}")
+
+
+@dataclass(frozen=True)
+class Scores(Strict):
+    """All that leaves a hospital after scoring a model on its held-out patients: averages, never a patient's score."""
+
+    site: str
+    run: str
+    round: int
+    model_hash: str
+    patients: int  # held-out patients scored
+    dice: float | None  # mean over patients and targets; None without held-out patients
+    dice_by_target: dict[str, float] = field(default_factory=dict)
+    hd95_mm: float | None = None  # mean over patients and targets where defined
+    hd95_undefined: int = 0  # (patient, target) pairs with exactly one empty mask
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        numbers = [self.dice, self.hd95_mm, self.seconds, *self.dice_by_target.values()]
+        _require(all(math.isfinite(x) and x >= 0 for x in numbers if x is not None), "scores must be finite and >= 0")
+        _require(all(x <= 1 for x in [self.dice, *self.dice_by_target.values()] if x is not None), "Dice is at most 1")
+
+
+def to_wire(message: object) -> ConfigRecord:
+    """A contract type as a Flower record."""
+    return ConfigRecord({"json": canonical_json(message)})
+
+
+def from_wire(content: RecordDict, name: str, kind: type[T]) -> T:
+    """Read the contract type `kind` from the record `name`: exact keys, exact types.
+
+    Raises:
+        ContractError: names the record and the first fault.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    record = content.config_records.get(name)
+    text = record.get("json") if record is not None else None
+    if record is None or set(record) != {"json"} or not isinstance(text, str):
+        raise ContractError(f"the record '{name}' is missing or is not one JSON text")
+    try:
+        return TypeAdapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise ContractError(f"{name}{'.' if where else ''}{where}: {fault['msg']}") from None
+
+
+def arrays_to_wire(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Float32 tensors as raw arrays."""
+    return ArrayRecord(
+        {
+            name: Array(
+                "float32", tuple(tensor.shape), RAW, tensor.detach().cpu().contiguous().numpy().astype("<f4").tobytes()
+            )
+            for name, tensor in tensors.items()
+        }
+    )
+
+
+def arrays_from_wire(record: ArrayRecord, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Raw arrays as tensors, checked before anything is allocated.
+
+    Args:
+        expected: the exact names and shapes.
+
+    Raises:
+        ContractError: a missing or extra name, another shape or type, a byte count that does not fit, or a value that
+            is not finite.
+    """
+    missing, extra = sorted(set(expected) - set(record)), sorted(set(record) - set(expected))
+    if missing or extra:
+        first = f"'{(missing or extra)[0][:80]}' is {'missing' if missing else 'not known'}"
+        raise ContractError(f"{len(missing)} arrays are missing and {len(extra)} too many ({first})")
+    tensors = {}
+    for name, shape in expected.items():
+        array = record[name]
+        if array.stype != RAW or array.dtype != "float32":
+            raise ContractError(f"array '{name}' is {array.dtype[:20]}/{array.stype[:20]}, not float32/{RAW}")
+        if tuple(array.shape) != shape:
+            raise ContractError(f"array '{name}' has shape {tuple(array.shape)[:8]}, not {shape}")
+        if len(array.data) != 4 * math.prod(shape):
+            raise ContractError(f"array '{name}' has {len(array.data)} bytes, {4 * math.prod(shape)} are due")
+        values = np.frombuffer(array.data, dtype="<f4").reshape(shape)
+        if not np.isfinite(values).all():
+            raise ContractError(f"array '{name}' holds {int((~np.isfinite(values)).sum())} values that are not finite")
+        tensors[name] = torch.from_numpy(values.astype(np.float32))
+    return tensors
+
+
+def array_bytes(record: ArrayRecord) -> int:
+    """Payload of a record in bytes."""
+    return sum(len(array.data) for array in record.values())

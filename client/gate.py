@@ -1,0 +1,51 @@
+"""The update gate: the one door through which anything leaves a site.
+
+It looks at what is about to be sent, not at what was meant to be sent: whatever went wrong before it, nothing but the
+contract's fields and finite arrays of the model's own names and shapes passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from flwr.app import RecordDict
+from torch import Tensor
+
+from client.contract import Presence, Scores, Update, arrays_to_wire, to_wire
+from medsegdiff.errors import UserError
+
+
+def release_update(update: Update, delta: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> RecordDict:
+    """An update as it leaves the site.
+
+    Raises:
+        UserError: an array that the model does not have, of another shape or type, or with values that are not finite.
+    """
+    if set(delta) != set(base):
+        odd = sorted(set(delta) ^ set(base))[0]
+        raise UserError(
+            f"{update.site}: the update gate stopped array '{odd}', which is not one of the model's. Nothing was sent."
+        )
+    for name, value in delta.items():
+        if value.shape != base[name].shape or value.dtype != torch.float32:
+            raise UserError(
+                f"{update.site}: the update gate stopped array '{name}' ({tuple(value.shape)}, {value.dtype}); the model "
+                f"has {tuple(base[name].shape)}, torch.float32. Nothing was sent."
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"{update.site}: the update gate stopped array '{name}': it holds values that are not finite. Nothing was "
+                "sent; lower the run's learning rate."
+            )
+    return RecordDict({"update": to_wire(update), "delta": arrays_to_wire(delta)})
+
+
+def release_scores(scores: Scores) -> RecordDict:
+    """Scores as they leave the site."""
+    return RecordDict({"scores": to_wire(scores)})
+
+
+def release_presence(presence: Presence) -> RecordDict:
+    """A site's counts as they leave it."""
+    return RecordDict({"presence": to_wire(presence)})

@@ -1,0 +1,102 @@
+"""Pictures: PNG, TIFF, GIF, JPEG, BMP. Pixels as stored; an EXIF rotation is not applied, for masks do not carry it."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from medsegdiff.data.images import DataFileError, check_voxels, decoding
+from medsegdiff.errors import UserError
+from medsegdiff.files import write_atomic
+
+_GREY = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_GREY_ALPHA = ("LA", "La")
+_FORMATS = ("PNG", "TIFF", "GIF", "JPEG", "BMP")  # Pillow knows dozens more, some of which start other programs
+_LOSSLESS = {".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".gif": "GIF"}
+
+
+def read_picture(path: Path, channels: int) -> NDArray[np.float32]:
+    """Read a picture as (channels, rows, columns, 1).
+
+    Raises:
+        DataFileError: see `read_image`.
+    """
+    with _opened(path) as picture:
+        grey = picture.mode in _GREY
+        if channels == 1:
+            pixels = np.asarray(picture if grey else picture.convert("L"), dtype=np.float32)[None]
+        elif channels == 3 and not grey and picture.mode not in _GREY_ALPHA:
+            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32).transpose(2, 0, 1)
+        else:
+            raise DataFileError(
+                path, f"a picture of mode {picture.mode} cannot give the {channels} channels declared for it"
+            )
+    return np.ascontiguousarray(pixels[..., None])
+
+
+def read_picture_values(path: Path, colours: bool) -> NDArray[np.int32]:
+    """Read a mask's values, (rows, columns, 1).
+
+    Args:
+        colours: True gives 65536 r + 256 g + b; False gives grey levels or palette indices, also of a colour picture
+            whose three channels are equal.
+
+    Raises:
+        DataFileError: see `read_mask`.
+    """
+    with _opened(path) as picture:
+        if colours:
+            values = _as_number(np.asarray(picture.convert("RGB"), dtype=np.int32))
+        elif picture.mode in (*_GREY, "P"):
+            values = _whole(path, np.asarray(picture))
+        else:
+            rgb = np.asarray(picture.convert("RGB"), dtype=np.int32)
+            if (rgb != rgb[..., :1]).any():
+                raise DataFileError(path, "the mask is in colour, but its labels are declared as numbers")
+            values = rgb[..., 0]
+    return np.ascontiguousarray(values[..., None])
+
+
+def write_picture_mask(path: Path, mask: NDArray[np.uint8]) -> None:
+    """Write a mask (rows, columns) as a grey picture without loss.
+
+    Raises:
+        UserError: the ending names no such format, or the disk refuses.
+    """
+    if path.suffix.lower() not in _LOSSLESS:
+        raise UserError(f"{path}: a mask of a picture is written as {', '.join(_LOSSLESS)}. Choose such an ending.")
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, format=_LOSSLESS[path.suffix.lower()])
+    write_atomic(path, buffer.getvalue())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    with decoding(path), warnings.catch_warnings():
+        # Pillow warns from 89 million pixels on: a fault here, before memory is taken.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=_FORMATS) as picture:
+            if getattr(picture, "is_animated", False):  # n_frames would walk through a GIF of any length
+                raise DataFileError(path, "the file holds several frames; one picture a file is read")
+            check_voxels(path, (*picture.size, len(picture.getbands())))
+            picture.load()
+            yield picture
+
+
+def _as_number(rgb: NDArray[np.int32]) -> NDArray[np.int32]:
+    number: NDArray[np.int32] = rgb[..., 0] * 65536 + rgb[..., 1] * 256 + rgb[..., 2]
+    return number
+
+
+def _whole(path: Path, values: NDArray[np.generic]) -> NDArray[np.int32]:
+    numbers = values.astype(np.float64)
+    if not (np.isfinite(numbers).all() and (numbers == np.rint(numbers)).all()):
+        raise DataFileError(path, "the mask holds values that are not whole numbers")
+    return numbers.clip(-1, 2**31 - 1).astype(np.int32)

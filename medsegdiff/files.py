@@ -1,0 +1,52 @@
+"""State on disk that survives a kill at any moment.
+
+A file is written beside its target, flushed to the disk, and renamed over it: a reader sees the old bytes or the
+new ones, never a mixture (POSIX rename is atomic; the directory is flushed so that the rename itself survives).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+from medsegdiff.errors import UserError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a crash leaves the old file or the new one.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written; the old file is untouched.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+        _flush_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # a parent that is a file fails here as it failed above
+            partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: could not be written ({error.strerror or error}); {len(data):,} bytes were due and the earlier "
+            "file, if any, is untouched. Free space or choose another folder, then repeat the command."
+        ) from error
+
+
+def _flush_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in blocks so that memory does not grow with the file."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

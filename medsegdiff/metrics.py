@@ -1,0 +1,218 @@
+"""How well patients are segmented.
+
+A patient is scored once, over everything there is of them: voxels of all their images are pooled for the Dice
+coefficient, and slices kept as single files are stacked into volumes for the surface distance.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from medsegdiff.labels import LabelScheme
+
+if TYPE_CHECKING:
+    from medsegdiff.data.prepared import PreparedCase
+
+
+@dataclass(frozen=True)
+class PatientScore:
+    """One patient's agreement with the truth."""
+
+    patient_id: str
+    site: str | None
+    dice: dict[str, float]  # target -> [0, 1]
+    mean_dice: float  # over targets
+    hd95_mm: dict[str, float | None]  # target -> mean over volumes; None: undefined in each, or spacing unknown
+    hd95_undefined: dict[str, int]  # target -> volumes where exactly one of prediction and truth is empty
+    volumes: int  # scored for this patient: volumes, stacks of slices, pictures
+
+
+def majority(labels: Tensor, scheme: LabelScheme) -> Tensor:
+    """The truth that several raters make: what more than half of them drew.
+
+    A tie is background: so targets that are disjoint for each rater stay disjoint in the truth.
+
+    Args:
+        labels: (R, ...) label indices.
+
+    Returns:
+        (T, ...) bool.
+    """
+    votes = sum(scheme.truth(rater[None])[0].int() for rater in labels)
+    assert isinstance(votes, Tensor)
+    return 2 * votes > len(labels)
+
+
+def dice(overlap: int, predicted: int, true: int) -> float:
+    """2 TP / (2 TP + FP + FN) from voxel counts; 1 where both masks are empty, 0 where one is."""
+    return 2 * overlap / (predicted + true) if predicted + true else 1.0
+
+
+def hd95_mm(predicted: Tensor, truth: Tensor, spacing_mm: Sequence[float]) -> float | None:
+    """95th percentile of the surface distance, the larger of both directions (MONAI's definition).
+
+    Args:
+        predicted, truth: (X, Y, Z) bool; an axis of one voxel is left out, so pictures are measured in the plane.
+        spacing_mm: of X, Y, Z (Z may be missing where it holds one voxel).
+
+    Returns:
+        Millimetres; 0 where both masks are empty, None where exactly one is.
+    """
+    filled = bool(predicted.any()), bool(truth.any())
+    if not any(filled):
+        return 0.0
+    if not all(filled):
+        return None
+    # Imported here: it takes seconds, and only scoring needs it.
+    from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+
+    axes = [axis for axis, size in enumerate(truth.shape) if size > 1 and axis < len(spacing_mm)]
+    if len(axes) < 2:
+        axes = list(range(min(len(spacing_mm), truth.ndim)))
+    shape = [truth.shape[axis] for axis in axes]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI calls its own deprecated arguments
+        distance = compute_hausdorff_distance(
+            predicted.reshape(1, 1, *shape).float(),
+            truth.reshape(1, 1, *shape).float(),
+            include_background=True,
+            percentile=95,
+            spacing=[float(spacing_mm[axis]) for axis in axes],
+        )
+    value = float(distance.item())
+    return value if value < float("inf") else None  # NaN compares false too
+
+
+@dataclass
+class _Tally:
+    """What is known of a patient so far."""
+
+    site: str | None
+    counts: Tensor  # (T, 3) int64: voxels in both masks, predicted, true
+    distances: list[list[float | None]] = field(default_factory=list)  # per volume, per target; None: one mask empty
+    unmeasured: int = 0  # volumes without a known spacing
+
+
+class PatientScorer:
+    """Scores patients while predictions arrive; only slices of an unfinished stack are kept.
+
+    Args:
+        scheme: what the predicted targets are.
+        cases: those that will be added; a stack of slices is scored, and freed, once its last one came. Without it
+            stacks are kept until `scores`.
+        distances: whether HD95 is wanted; without it MONAI is not imported.
+    """
+
+    def __init__(self, scheme: LabelScheme, cases: Iterable[PreparedCase] = (), distances: bool = True) -> None:
+        self._scheme = scheme
+        self._distances = distances
+        self._due: dict[str, int] = {}
+        for prepared in cases:
+            if prepared.case.volume_id is not None:
+                self._due[prepared.case.volume_id] = self._due.get(prepared.case.volume_id, 0) + 1
+        self._added: set[str] = set()
+        self._tallies: dict[str, _Tally] = {}
+        self._stacks: dict[str, list[tuple[PreparedCase, Tensor, Tensor]]] = {}
+
+    def add(self, prepared: PreparedCase, predicted: Tensor) -> None:
+        """Take one case's prediction, (T, X, Y, Z) bool at native size.
+
+        Raises:
+            ValueError: the shape is not the case's, or the case was added before.
+        """
+        case = prepared.case
+        expected = (len(self._scheme.targets), *prepared.geometry.shape)
+        if tuple(predicted.shape) != expected:
+            raise ValueError(f"case {case.case_id}: prediction of shape {tuple(predicted.shape)}, expected {expected}")
+        if case.case_id in self._added:
+            raise ValueError(f"case {case.case_id} was scored before")
+        self._added.add(case.case_id)
+        predicted = predicted.bool().cpu()
+        truth = majority(prepared.native_labels(), self._scheme)
+        tally = self._tallies.setdefault(
+            case.patient_id, _Tally(case.site, torch.zeros(len(predicted), 3, dtype=torch.int64))
+        )
+        tally.counts += _counts(predicted, truth)
+        if case.volume_id is None:
+            self._measure(tally, predicted, truth, prepared.spacing_mm)
+            return
+        stack = self._stacks.setdefault(case.volume_id, [])
+        stack.append((prepared, predicted, truth))
+        if len(stack) == self._due.get(case.volume_id):
+            self._close(case.volume_id)
+
+    def scores(self) -> list[PatientScore]:
+        """Every patient that was added, in the order of their first case."""
+        for volume_id in list(self._stacks):
+            self._close(volume_id)
+        return [self._score(patient_id, tally) for patient_id, tally in self._tallies.items()]
+
+    def _close(self, volume_id: str) -> None:
+        """Score a stack of slices as one volume."""
+        stack = sorted(self._stacks.pop(volume_id), key=lambda entry: entry[0].case.slice_index or 0)
+        first = stack[0][0]
+        tally = self._tallies[first.case.patient_id]
+        spacing = _stack_spacing([prepared for prepared, _, _ in stack])
+        if spacing is None:
+            self._measure(tally, stack[0][1], stack[0][2], None)
+            return
+        axis = first.geometry.slice_axis + 1
+        predicted = torch.cat([slice_ for _, slice_, _ in stack], dim=axis)
+        truth = torch.cat([slice_ for _, _, slice_ in stack], dim=axis)
+        self._measure(tally, predicted, truth, spacing)
+
+    def _measure(self, tally: _Tally, predicted: Tensor, truth: Tensor, spacing: Sequence[float] | None) -> None:
+        if spacing is None or not self._distances:
+            tally.unmeasured += 1
+            return
+        tally.distances.append([hd95_mm(p, t, spacing) for p, t in zip(predicted, truth, strict=True)])
+
+    def _score(self, patient_id: str, tally: _Tally) -> PatientScore:
+        targets = self._scheme.targets
+        values = [dice(*row) for row in tally.counts.tolist()]
+        columns = [[row[t] for row in tally.distances] for t in range(len(targets))]
+        return PatientScore(
+            patient_id=patient_id,
+            site=tally.site,
+            dice=dict(zip(targets, values, strict=True)),
+            mean_dice=sum(values) / len(values),
+            hd95_mm={target: _mean(column) for target, column in zip(targets, columns, strict=True)},
+            hd95_undefined={target: column.count(None) for target, column in zip(targets, columns, strict=True)},
+            volumes=len(tally.distances) + tally.unmeasured,
+        )
+
+
+def _counts(predicted: Tensor, truth: Tensor) -> Tensor:
+    both, p, t = (mask.flatten(1).sum(dim=1) for mask in (predicted & truth, predicted, truth))
+    return torch.stack([both, p, t], dim=1)
+
+
+def _stack_spacing(stack: Sequence[PreparedCase]) -> tuple[float, ...] | None:
+    """The spacing of a stack; None where slices are missing, differ in size or spacing, or lack a distance."""
+    indices = [prepared.case.slice_index for prepared in stack]
+    whole = all(b is not None and a is not None and b - a == 1 for a, b in pairwise(indices))
+    alike = {(prepared.geometry.shape, prepared.spacing_mm) for prepared in stack}
+    spacing = stack[0].spacing_mm
+    return spacing if whole and len(alike) == 1 and spacing is not None and len(spacing) == 3 else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
+
+
+def score_patients(
+    scheme: LabelScheme, predictions: Iterable[tuple[PreparedCase, Tensor]], distances: bool = True
+) -> list[PatientScore]:
+    """Score (case, prediction (T, X, Y, Z) bool) pairs; see `PatientScorer`."""
+    scorer = PatientScorer(scheme, distances=distances)
+    for prepared, predicted in predictions:
+        scorer.add(prepared, predicted)
+    return scorer.scores()

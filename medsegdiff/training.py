@@ -1,0 +1,187 @@
+"""Training the denoiser: one step, and a trainer whose steps are pure functions of (seed, step).
+
+Nothing random is carried from step to step - the batch, the timesteps and the noise of step k come from (seed, k) -
+so a training that stops at any step and goes on from its saved weights and moments ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from medsegdiff.config import TrainingConfig
+from medsegdiff.diffusion import Diffusion
+from medsegdiff.ema import WeightAverage
+from medsegdiff.ensemble import derive_seed
+from medsegdiff.errors import UserError
+from medsegdiff.files import write_atomic
+from medsegdiff.network import MedSegDiff, channels_last
+
+
+class Batches(Protocol):
+    """Where slices come from."""
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images (B, C, S, S) and masks (B, K, S, S) in {-1, +1} of one step."""
+        ...
+
+
+def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """Rate of step 0 .. total_steps - 1: linear warm-up, then half a cosine down to final_rate * peak."""
+    warmup = max(1, round(config.warmup_fraction * total_steps))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    low = config.final_rate
+    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Trainer:
+    """AdamW on the diffusion loss.
+
+    Args:
+        network: trained in place.
+        batches: pure function from step to slices.
+        total_steps: length of the whole training, for the rate's schedule; steps beyond keep the last rate.
+        seed: fixes timesteps and noise.
+        proximal_mu: FedProx's mu: adds mu / 2 ||w - w_0||^2, w_0 the weights at construction (Li et al. 2020, eq. 2).
+        average: weight average to update after each step, if any.
+    """
+
+    def __init__(
+        self,
+        network: MedSegDiff,
+        diffusion: Diffusion,
+        batches: Batches,
+        config: TrainingConfig,
+        total_steps: int,
+        seed: int,
+        proximal_mu: float = 0.0,
+        average: WeightAverage | None = None,
+    ) -> None:
+        self.network = channels_last(network)
+        self.diffusion = diffusion
+        self.batches = batches
+        self.config = config
+        self.total_steps = total_steps
+        self.seed = seed
+        self.proximal_mu = proximal_mu
+        self.average = average
+        self.parameters = dict(network.named_parameters())
+        self.anchor = [p.detach().clone() for p in self.parameters.values()] if proximal_mu > 0 else []
+        self.optimizer = torch.optim.AdamW(self._groups(), lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+
+    def run(self, first: int, last: int, on_step: Callable[[int, float], None] | None = None) -> float:
+        """Take steps first .. last - 1; returns their mean loss. `on_step(done, loss)` is told of each.
+
+        Raises:
+            UserError: the loss is no longer a finite number.
+        """
+        self.network.train()
+        losses = []
+        for step in range(first, last):
+            loss = self.step(step)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"training diverged: the loss of step {step} is {loss}. Nothing of this round is kept. Lower "
+                    f"learning_rate (now {self.config.learning_rate:g}) and start again."
+                )
+            losses.append(loss)
+            if on_step is not None:
+                on_step(step + 1, loss)
+        return math.fsum(losses) / max(1, len(losses))
+
+    def step(self, step: int) -> float:
+        """One optimizer step; returns the diffusion loss before it."""
+        device = next(iter(self.parameters.values())).device
+        images, masks = (tensor.to(device) for tensor in self.batches.batch(step))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "noise", step))
+        t_B = torch.randint(0, self.diffusion.config.timesteps, (len(masks),), generator=generator).to(device)
+        noise = torch.randn(masks.shape, generator=generator).to(device)
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, step, self.total_steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        clean = masks * self.diffusion.config.mask_scale
+        noisy = self.diffusion.add_noise(clean, noise, t_B)
+        answer = self.network(
+            noisy.contiguous(memory_format=torch.channels_last),
+            t_B,
+            images.contiguous(memory_format=torch.channels_last),
+        )
+        loss = self.diffusion.loss(answer, clean, noise, t_B)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._add_proximal_gradient()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.network)
+        return loss.item()
+
+    def state(self) -> dict[str, Tensor]:
+        """Adam's moments and step counts as plain tensors, named after their parameter."""
+        saved = {}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                saved[f"{name}/{key}"] = value.detach().clone()
+        return saved
+
+    def load_state(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        for full_name, value in saved.items():
+            name, key = full_name.rsplit("/", 1)
+            parameter = self.parameters[name]
+            if value.dim() == parameter.dim() and value.dim() > 0:
+                # The fused kernel walks memory, not indices: moments must lie as their (channels-last) parameter does.
+                self.optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(value)
+            else:
+                self.optimizer.state[parameter][key] = value.clone()
+
+    def save(self, path: Path, done: int, **notes: str) -> None:
+        """Write weights, moments and weight average after `done` steps, atomically, with notes of the caller's."""
+        tensors = {f"weights/{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"optimizer/{name}": value for name, value in self.state().items()}
+        if self.average is not None:
+            tensors |= {f"average/{name}": value for name, value in self.average.shadow.items()}
+            notes["updates"] = str(self.average.updates)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        write_atomic(path, save(tensors, metadata={**notes, "done": str(done)}))
+
+    def restore(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+        """Go on from what `save` wrote; returns the steps done."""
+        self.network.load_state_dict(_under("weights/", tensors))
+        self.load_state(_under("optimizer/", tensors))
+        if self.average is not None:
+            for name, value in _under("average/", tensors).items():
+                self.average.shadow[name].copy_(value)
+            self.average.updates = int(metadata["updates"])
+        return int(metadata["done"])
+
+    def _groups(self) -> list[dict[str, object]]:
+        """Weight decay on kernels alone: it would pull FF-Parser maps from the identity and norms from 1."""
+        kernels = [p for name, p in self.parameters.items() if name.endswith("weight") and p.dim() >= 2]
+        chosen = {id(p) for p in kernels}
+        rest = [p for p in self.parameters.values() if id(p) not in chosen]
+        return [
+            {"params": kernels, "weight_decay": self.config.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+
+    @torch.no_grad()
+    def _add_proximal_gradient(self) -> None:
+        """Gradient of mu / 2 ||w - w_0||^2 is mu (w - w_0)."""
+        if self.proximal_mu <= 0:
+            return
+        for parameter, origin in zip(self.parameters.values(), self.anchor, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - origin, alpha=self.proximal_mu)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

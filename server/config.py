@@ -1,0 +1,143 @@
+"""What a run is: as a researcher writes it (`RunRequest`) and as it is carried out (`RunPlan`, run.yaml)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from client.contract import TrainTask
+from medsegdiff.config import PRESETS, DiffusionConfig, ModelConfig, SamplingConfig, TrainingConfig, preset
+from medsegdiff.data.dataset import DatasetConfig
+from medsegdiff.errors import UserError
+from medsegdiff.labels import LabelScheme
+from medsegdiff.strict import Strict, canonical_json
+
+
+@dataclass(frozen=True)
+class StrategyConfig(Strict):
+    """How updates become the next model."""
+
+    name: Literal["fedavg", "fedprox"] = "fedavg"
+    proximal_mu: float = 0.0  # FedProx only: pull of local weights towards the received ones
+
+    def __post_init__(self) -> None:
+        if (self.name == "fedprox") != (self.proximal_mu > 0):
+            raise ValueError(
+                f"proximal_mu is {self.proximal_mu} with {self.name}: fedprox needs a value above 0, fedavg needs 0"
+            )
+
+
+@dataclass(frozen=True)
+class ModelChoice(Strict):
+    """A preset and what is changed of it; None keeps the preset's value."""
+
+    preset: str = "tiny"
+    image_size: int | None = None
+    base_channels: int | None = None
+    channel_multipliers: tuple[int, ...] | None = None
+    blocks_per_level: int | None = None
+    fusion_levels: tuple[int, ...] | None = None
+    attention_levels: tuple[int, ...] | None = None
+    dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset {self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+        preset(self.preset, **self._changes())
+
+    def resolve(self, dataset: DatasetConfig) -> ModelConfig:
+        """The network for a dataset's channels and targets."""
+        channels = LabelScheme.of(dataset).channels
+        return preset(self.preset, image_channels=len(dataset.channels), mask_channels=channels, **self._changes())
+
+    def _changes(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "preset" and value is not None}
+
+
+@dataclass(frozen=True)
+class RunRequest(Strict):
+    """The `run` section of a recipe."""
+
+    rounds: int
+    local_steps: int
+    model: ModelChoice = ModelChoice()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig(steps=5)
+    strategy: StrategyConfig = StrategyConfig()
+    threads: int = 2
+    evaluate_every: int = 1  # rounds between scorings of the federated model; the last round is always scored
+    quorum: int | None = None  # least number of sites whose updates make a round; default: all
+    deadline_seconds: float = 3600.0  # a round waits no longer for its sites
+
+    def task(self, dataset: DatasetConfig, seed: int) -> TrainTask:
+        """What the sites are asked."""
+        return TrainTask(
+            dataset=dataset,
+            model=self.model.resolve(dataset),
+            rounds=self.rounds,
+            local_steps=self.local_steps,
+            seed=seed,
+            diffusion=self.diffusion,
+            training=self.training,
+            sampling=self.sampling,
+            proximal_mu=self.strategy.proximal_mu,
+            threads=self.threads,
+        )
+
+
+@dataclass(frozen=True)
+class RunPlan(Strict):
+    """run.yaml: one run, resolved to the last value."""
+
+    name: str
+    preset: str
+    strategy: StrategyConfig
+    roster: dict[str, int]  # site name -> enrolled training patients: the most a site may claim as its weight
+    task: TrainTask
+    evaluate_every: int = 1
+    quorum: int | None = None
+    deadline_seconds: float = 3600.0
+    engine: str = field(default="inline")
+
+    def __post_init__(self) -> None:
+        if not self.roster:
+            raise ValueError("roster: a run needs at least one site")
+        if self.quorum is not None and not 1 <= self.quorum <= len(self.roster):
+            raise ValueError(f"quorum must lie in 1..{len(self.roster)} (the number of sites), found {self.quorum}")
+        if self.evaluate_every < 1:
+            raise ValueError(f"evaluate_every must be at least 1, found {self.evaluate_every}")
+        if self.deadline_seconds <= 0:
+            raise ValueError(f"deadline_seconds must be positive, found {self.deadline_seconds}")
+
+    @property
+    def run_id(self) -> str:
+        """Our own identity of the run: its name and a hash of all that defines it, whatever the engine."""
+        defining = canonical_json(replace(self, engine="any"))
+        return f"{self.name}-{hashlib.sha256(defining.encode()).hexdigest()[:12]}"
+
+    @property
+    def required(self) -> int:
+        """Updates without which a round does not count."""
+        return self.quorum if self.quorum is not None else len(self.roster)
+
+
+def make_plan(
+    request: RunRequest, name: str, seed: int, dataset: DatasetConfig, roster: dict[str, int], engine: str, source: str
+) -> RunPlan:
+    """Resolve a request for a dataset and the sites that take part. Raises UserError naming `source`."""
+    try:
+        return RunPlan(
+            name=name,
+            preset=request.model.preset,
+            strategy=request.strategy,
+            roster=roster,
+            task=request.task(dataset, seed),
+            evaluate_every=request.evaluate_every,
+            quorum=request.quorum,
+            deadline_seconds=request.deadline_seconds,
+            engine=engine,
+        )
+    except ValueError as error:
+        raise UserError(f"{source}: run: {error}.") from error

@@ -1,0 +1,75 @@
+"""journal.jsonl: what happened in a run, one event a line, in order.
+
+A line is flushed to the disk before the run goes on. A kill in the middle of a line leaves a torn tail, which the next
+start cuts off; damage anywhere else is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from medsegdiff.errors import UserError
+
+Event = dict[str, Any]
+
+
+class Journal:
+    """Append-only event log of one run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.events: list[Event] = self._read()
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Add one event. Raises UserError when the disk refuses it."""
+        line = {"event": event, "time": round(time.time(), 3), **fields}
+        text = json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: an event could not be written ({error.strerror}); the run stops so that nothing happens "
+                "unrecorded. Free space, then go on with --resume."
+            ) from error
+        self.events.append(line)
+
+    def last(self, event: str, **match: Any) -> Event | None:
+        """The latest event of a kind whose fields match, if any."""
+        for line in reversed(self.events):
+            if line["event"] == event and all(line.get(key) == value for key, value in match.items()):
+                return line
+        return None
+
+    def _read(self) -> list[Event]:
+        if not self.path.exists():
+            return []
+        raw = self.path.read_bytes()
+        lines = raw.split(b"\n")
+        whole, tail = lines[:-1], lines[-1]
+        events = []
+        for number, line in enumerate(whole, start=1):
+            try:
+                event = json.loads(line)
+                if not isinstance(event, dict) or "event" not in event:
+                    raise ValueError("no event")
+                events.append(event)
+            except ValueError as error:
+                if number == len(whole) and not tail:
+                    tail = line + b"\n"  # a torn block may end in a line break as well
+                    break
+                raise UserError(
+                    f"{self.path}: line {number} of {len(whole)} is not a journal entry; the file was changed from "
+                    "outside. Restore it from a backup, or start the run in another folder."
+                ) from error
+        if tail:
+            with open(self.path, "r+b") as handle:
+                handle.truncate(len(raw) - len(tail))
+        return events

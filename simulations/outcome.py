@@ -1,0 +1,274 @@
+"""What came out of a simulation: scores of every model at every site, example cases, the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from client.contract import TrainTask
+from client.evaluation import score_held_out, summarise
+from client.site import Site
+from medsegdiff.data.geometry import restore, to_slices
+from medsegdiff.data.prepared import PreparedCase
+from medsegdiff.evaluation import segment_prepared
+from medsegdiff.files import write_atomic
+from medsegdiff.metrics import dice, majority
+from medsegdiff.network import parameter_count
+from medsegdiff.strict import plain
+from medsegdiff.weights import Segmenter, build, hash_weights
+from server.config import RunPlan
+from server.journal import Event, Journal
+from server.report import Example, write_report
+from server.summary import hardware, software
+from simulations.recipe import Recipe
+
+SiteScores = dict[str, dict[str, Any]]  # site -> what `summarise` returns, and seconds
+ARMS = ("federated", "local", "pooled")
+EXAMPLE_MEMBERS = 5  # samples behind an example's uncertainty
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the results are."""
+
+    folder: Path
+    report: dict[str, Any]
+    html: Path
+
+
+def score_models(
+    sites: Mapping[str, Site], task: TrainTask, models: Mapping[str, Mapping[str, Tensor]], path: Path
+) -> dict[str, SiteScores]:
+    """Every model on every site's held-out patients; what an earlier session scored is read from `path`."""
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for name, weights in models.items():
+        identity = hash_weights(weights)
+        if known.get(name, {}).get("model_hash") != identity:
+            results = {site_name: _score(site, task, weights) for site_name, site in sites.items()}
+            known[name] = {"model_hash": identity, "sites": results}
+            write_atomic(path, json.dumps(known, indent=1, allow_nan=False).encode())
+    return {name: known[name]["sites"] for name in models}
+
+
+def _score(site: Site, task: TrainTask, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    started = time.perf_counter()
+    summary = summarise(score_held_out(site, task, weights))
+    return {**summary, "seconds": time.perf_counter() - started}
+
+
+def write_outcome(
+    folder: Path,
+    recipe: Recipe,
+    plan: RunPlan,
+    sites: Mapping[str, Site],
+    models: Mapping[str, SiteScores],
+    weights: Mapping[str, Tensor],
+    arm_seconds: float,
+) -> Outcome:
+    """Assemble report.json and draw report.html.
+
+    Args:
+        models: scores of "local-SITE" and "pooled" models at every site; the federation's are in the journal.
+        weights: the federated model, for the example cases.
+        arm_seconds: spent training the comparison arms.
+    """
+    journal = Journal(folder / "journal.jsonl")
+    last = journal.last("scores", round=plan.task.rounds)
+    scores = {"federated": last["sites"] if last else {}, **models}
+    segmenter = build(plan.task.card, weights)
+    examples = example_cases(segmenter, sites, plan.task)
+    report = {
+        **_header(plan, segmenter),
+        "arms": {arm: _over_sites(scores, sites, arm) for arm in ARMS if _present(arm, scores)},
+        "sites": {name: _site_row(name, site, plan, scores, journal) for name, site in sites.items()},
+        "history": _history(journal),
+        "cross_site": _cross_site(scores, sites),
+        "notes": _notes(recipe),
+        "software": software(),
+        "hardware": hardware(plan.task.threads),
+        "seconds": _seconds(journal, models, arm_seconds),
+        "bytes": _bytes(journal),
+    }
+    html = write_report(folder, report, examples)
+    return Outcome(folder, report, html)
+
+
+def _header(plan: RunPlan, segmenter: Segmenter) -> dict[str, Any]:
+    task = plan.task
+    return {
+        "run": plan.name,
+        "seed": task.seed,
+        "rounds": task.rounds,
+        "local_steps": task.local_steps,
+        "engine": plan.engine,
+        "strategy": plain(plan.strategy),
+        "model": {"preset": plan.preset, "parameters": parameter_count(segmenter.network), **plain(task.model)},
+        "dataset": {
+            "name": task.dataset.name,
+            "modality": task.dataset.modality,
+            "channels": list(task.dataset.channels),
+            "targets": list(segmenter.scheme.targets),
+        },
+    }
+
+
+def _model_of(arm: str, site: str) -> str:
+    """The model an arm gives to a site: its own in `local`, the common one otherwise."""
+    return f"local-{site}" if arm == "local" else arm
+
+
+def _present(arm: str, scores: Mapping[str, SiteScores]) -> bool:
+    return any(name == arm or name.startswith(f"{arm}-") for name in scores)
+
+
+def _over_sites(scores: Mapping[str, SiteScores], sites: Mapping[str, Site], arm: str) -> dict[str, float | None]:
+    values = [scores[_model_of(arm, name)].get(name, {}).get("dice") for name in sites]
+    known = [value for value in values if value is not None]
+    if not known:
+        return {"mean": None, "worst": None}
+    return {"mean": math.fsum(known) / len(known), "worst": min(known)}
+
+
+def _site_row(
+    name: str, site: Site, plan: RunPlan, scores: Mapping[str, SiteScores], journal: Journal
+) -> dict[str, Any]:
+    data = site.data(plan.task)
+    own = {arm: scores[_model_of(arm, name)].get(name, {}) for arm in ARMS if _present(arm, scores)}
+    rounds = _last_rounds(journal)
+    return {
+        "patients": {"train": data.train_patients, "test": data.test_patients},
+        "dice": {arm: row.get("dice") for arm, row in own.items()},
+        "dice_by_target": {arm: row.get("dice_by_target", {}) for arm, row in own.items()},
+        "hd95_mm": {arm: row.get("hd95_mm") for arm, row in own.items()},
+        "hd95_undefined": {arm: row.get("hd95_undefined", 0) for arm, row in own.items()},
+        "epsilon": None,
+        "faults": data.faults,
+        "absent_rounds": [event["round"] for event in rounds if name in event.get("absent", [])],
+        "rejected_rounds": [
+            {"round": event["round"], "reason": event["rejected"][name]}
+            for event in rounds
+            if name in event.get("rejected", {})
+        ],
+    }
+
+
+def _last_rounds(journal: Journal) -> list[Event]:
+    """The committed rounds in order; a round that was repeated after a crash counts as it was committed."""
+    rounds = {event["round"]: event for event in journal.events if event["event"] == "round"}
+    return [rounds[number] for number in sorted(rounds) if number > 0]
+
+
+def _history(journal: Journal) -> list[dict[str, Any]]:
+    scored = {event["round"]: event["sites"] for event in journal.events if event["event"] == "scores"}
+    rows = []
+    for event in _last_rounds(journal):
+        number = event["round"]
+        for site in sorted(set(event["accepted"]) | set(scored.get(number, {}))):
+            rows.append(
+                {
+                    "round": number,
+                    "site": site,
+                    "loss": event["accepted"].get(site, {}).get("loss"),
+                    "dice": scored.get(number, {}).get(site, {}).get("dice"),
+                }
+            )
+    return rows
+
+
+def _cross_site(scores: Mapping[str, SiteScores], sites: Mapping[str, Site]) -> dict[str, Any] | None:
+    local = [f"local-{name}" for name in sites]
+    if not all(name in scores for name in local):
+        return None
+    names = [*local, *(name for name in ("federated", "pooled") if name in scores)]
+    return {
+        "models": [name.removeprefix("local-") for name in names],
+        "sites": list(sites),
+        "dice": [[scores[model].get(site, {}).get("dice") for site in sites] for model in names],
+    }
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    notes = [recipe.world.note] if recipe.world.note else []
+    if recipe.world.phantoms is not None:
+        notes.append(
+            "The patients are phantoms drawn by the program: the figures say how the method behaves, not how good it is on scans."
+        )
+    elif recipe.world.partition.by != "site":
+        notes.append(
+            "The dataset was split into hospitals artificially; real hospitals differ more than these sites do."
+        )
+    notes.append("Nothing was selected on held-out patients: the model of the last round is scored as it is.")
+    return notes
+
+
+def _seconds(journal: Journal, models: Mapping[str, SiteScores], arm_seconds: float) -> dict[str, float]:
+    train = arm_seconds + sum(site["seconds"] for event in _last_rounds(journal) for site in event["accepted"].values())
+    scored = {event["round"]: event["sites"] for event in journal.events if event["event"] == "scores"}
+    evaluate = sum(site["seconds"] for sites in scored.values() for site in sites.values())
+    evaluate += sum(row["seconds"] for rows in models.values() for row in rows.values())
+    total = _working_seconds(journal)
+    return {
+        "total": round(total, 1),
+        "train": round(train, 1),
+        "evaluate": round(evaluate, 1),
+        "overhead": round(max(0.0, total - train - evaluate), 1),
+    }
+
+
+def _working_seconds(journal: Journal) -> float:
+    """Seconds of all sessions: from each start to the last event before the next; the time in between did not count."""
+    total, start, last = 0.0, None, 0.0
+    for event in journal.events:
+        if event["event"] == "session":
+            total += last - start if start is not None else 0.0
+            start = event["time"]
+        last = event["time"]
+    return total + (time.time() - start if start is not None else 0.0)
+
+
+def _bytes(journal: Journal) -> dict[str, int]:
+    moved = [event["bytes"] for event in _last_rounds(journal)]
+    return {"up": sum(m["up"] for m in moved), "down": sum(m["down"] for m in moved)}
+
+
+def example_cases(segmenter: Segmenter, sites: Mapping[str, Site], task: TrainTask) -> list[Example]:
+    """One held-out case per site: the slice with most foreground of the site's first held-out patient that has any."""
+    sampling = replace(task.sampling, members=max(EXAMPLE_MEMBERS, task.sampling.members))
+    examples = []
+    for name, site in sites.items():
+        candidates = [case for case in site.data(task).test if case.foreground(segmenter.scheme)]
+        if candidates:
+            prepared = candidates[0]
+            answer = next(segment_prepared(segmenter, [prepared], sampling, task.seed))
+            examples.append(_example(name, prepared, segmenter, answer.masks, answer.uncertainty))
+    return examples
+
+
+def _example(site: str, prepared: PreparedCase, segmenter: Segmenter, masks: Tensor, uncertainty: Tensor) -> Example:
+    truth = majority(prepared.native_labels(), segmenter.scheme)
+    geometry = prepared.geometry
+    truth_slices, mask_slices = to_slices(truth, geometry), to_slices(masks, geometry)
+    index = int(truth_slices.flatten(1).sum(dim=1).argmax())
+    both, predicted, true = (int(m.sum()) for m in (truth & masks, masks, truth))
+    image = prepared.image(index)[0]
+    return Example(
+        site=site,
+        title=f"held-out patient, slice {index + 1} of {prepared.slices}",
+        image=_at_native_size(image, prepared),
+        truth=truth_slices[index].numpy(),
+        prediction=mask_slices[index].numpy(),
+        uncertainty=to_slices(uncertainty[None], geometry)[index, 0].numpy(),
+        targets=segmenter.scheme.targets,
+        dice=dice(both, predicted, true),
+    )
+
+
+def _at_native_size(image: Tensor, prepared: PreparedCase) -> Any:
+    return restore(image[None, None], prepared.geometry)[0, 0].numpy()

@@ -1,0 +1,252 @@
+"""One command, one simulation: world, federation, comparison arms, scores, report.
+
+Every stage leaves its result in the run folder before the next begins, so that a killed simulation goes on where it was
+and ends with the same weights:
+
+    recipe.yaml  world/  run.yaml  journal.jsonl  checkpoints/  model.safetensors  arms/  report.json  report.html
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from rich.console import Console
+
+from client.site import Site, open_site
+from medsegdiff.data.dataset import Dataset, open_dataset
+from medsegdiff.data.prepare import prepare
+from medsegdiff.data.prepared import PreparedCase
+from medsegdiff.data.splits import split_patients
+from medsegdiff.errors import UserError
+from medsegdiff.files import write_atomic
+from medsegdiff.progress import listening
+from medsegdiff.strict import dump_yaml, plain, read_config
+from server.config import RunPlan, make_plan
+from server.journal import Journal
+from simulations.arms import make_arms, train_arm
+from simulations.display import Display, make_console
+from simulations.outcome import Outcome, score_models, write_outcome
+from simulations.partition import partition_patients, patients_of
+from simulations.phantoms import write_phantoms
+from simulations.recipe import Recipe, open_source, read_recipe
+from simulations.world import write_world
+
+Engine = Literal["inline", "ray"]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A simulation whose world stands and whose plan is resolved."""
+
+    recipe: Recipe
+    plan: RunPlan
+    sites: dict[str, Site]
+    folder: Path
+
+
+def simulate(recipe_path: Path, data: Path | None, out: Path | None, engine: Engine, resume: bool) -> Outcome:
+    """Run a recipe to its report.
+
+    Args:
+        data: the dataset's folder, for recipes that need one.
+        out: run folder; default `runs/NAME`.
+        engine: "inline" runs in this process, "ray" on Flower's simulation engine; the weights are the same.
+        resume: go on with the run that `out` holds.
+
+    Raises:
+        UserError: before any training for every fault of the recipe, the data or the folder.
+    """
+    recipe = read_recipe(recipe_path)
+    folder = out or Path("runs") / recipe.name
+    _check_folder(folder, recipe, resume)
+    console = make_console()
+    journal = Journal(folder / "journal.jsonl")
+    _start_session(folder, recipe, journal)
+    simulation = prepare_simulation(recipe, data, folder, engine, str(recipe_path), console)
+    display = _display(simulation, console)
+    with display.live():
+        _federate(simulation, engine, display)
+        weights, seconds = _train_arms(simulation, display)
+        display.arm = "scoring"
+        federated = weights.pop("federated")
+        scores = score_models(simulation.sites, simulation.plan.task, weights, folder / "arms" / "scores.json")
+    return write_outcome(folder, recipe, simulation.plan, simulation.sites, scores, federated, seconds)
+
+
+def prepare_simulation(
+    recipe: Recipe, data: Path | None, folder: Path, engine: Engine, source: str, console: Console
+) -> Simulation:
+    """Build the world, or take the one that an earlier session left, and resolve the plan."""
+    world = folder / "world"
+    os.environ["MEDSEGFED_CACHE"] = str(cache_folder())
+    if not world.exists():
+        build_world(recipe, data, folder, world, copy=False, console=console)
+    os.environ["MEDSEGFED_WORLD"] = str(world.resolve())
+    plan_path = folder / "run.yaml"
+    sites = {path.parent.name: open_site(path.resolve()) for path in sorted(world.glob("*/site.yaml"))}
+    if plan_path.exists():
+        return Simulation(recipe, read_config(plan_path, RunPlan), sites, folder)
+    dataset = open_dataset(next(iter(sites.values())).path.parent / "data").config
+    task = recipe.run.task(dataset, recipe.seed)
+    with listening(_plain_progress(console)):
+        roster = {name: site.data(task).train_patients for name, site in sites.items()}
+    plan = make_plan(recipe.run, recipe.name, recipe.seed, dataset, roster, engine, source)
+    write_atomic(plan_path, dump_yaml(plan).encode())
+    return Simulation(recipe, plan, sites, folder)
+
+
+def write_sites(recipe: Recipe, data: Path | None, out: Path, console: Console) -> tuple[Path, ...]:
+    """Write a recipe's virtual hospitals to `out`, image files and all; returns their site.yaml files."""
+    with TemporaryDirectory(prefix="medsegfed-") as scratch:
+        return build_world(recipe, data, Path(scratch), out, copy=True, console=console)
+
+
+def build_world(
+    recipe: Recipe, data: Path | None, folder: Path, world: Path, copy: bool, console: Console
+) -> tuple[Path, ...]:
+    """Deal a recipe's patients out to virtual hospitals and write these to `world`.
+
+    Args:
+        folder: where phantoms are drawn; those of an earlier session are taken as they are.
+        copy: whether the sites get image files of their own, or refer to where they lie.
+
+    Raises:
+        UserError: more than a fifth of the cases are faulty, fewer patients than sites, an empty site.
+    """
+    dataset = _source_dataset(recipe, data, folder)
+    with listening(_plain_progress(console)):
+        prepared = prepare(dataset, recipe.run.model.resolve(dataset.config).image_size, cache_folder())
+        for fault in prepared.faults:
+            console.print(f"left out: case {fault.case_id}: {fault.reason} ({fault.file})", markup=False)
+        if prepared.faults:
+            console.print(f"{len(prepared.faults)} of {len(dataset.cases)} cases are left out")
+        usable = Dataset(dataset.root, dataset.config, tuple(p.case for p in prepared.cases))
+        patients = patients_of(usable, recipe.world.partition)
+    assignment = partition_patients(patients, recipe.world.partition, recipe.seed)
+    splits = _split_sites(usable, assignment, recipe)
+    return write_world(usable, assignment, splits, world, copy)
+
+
+def cache_folder() -> Path:
+    """Where prepared slices are kept between runs: MEDSEGFED_CACHE, else the user's cache folder."""
+    chosen = os.environ.get("MEDSEGFED_CACHE")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "medsegfed"
+
+
+def _source_dataset(recipe: Recipe, data: Path | None, folder: Path) -> Dataset:
+    if recipe.world.phantoms is None:
+        return open_source(recipe, data)
+    if data is not None:
+        raise UserError(
+            f"--data {data}: recipe '{recipe.name}' makes its own patients (world.phantoms). Leave --data out."
+        )
+    source = folder / "phantoms"
+    if not source.exists():
+        write_phantoms(recipe.world.phantoms, source)
+    return open_dataset(source)
+
+
+def _split_sites(dataset: Dataset, assignment: dict[str, list[str]], recipe: Recipe) -> dict[str, str]:
+    splits: dict[str, str] = {}
+    for patients in assignment.values():
+        chosen = set(patients)
+        cases = [case for case in dataset.cases if case.patient_id in chosen]
+        splits |= split_patients(cases, recipe.world.test_fraction, 0.0, recipe.seed)
+    return splits
+
+
+def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
+    stored = folder / "recipe.yaml"
+    if not resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"{folder}: already holds a run or other files; nothing was changed. Go on with it by --resume, or choose "
+                "another folder with --out."
+            )
+        return
+    if not stored.exists():
+        raise UserError(f"{folder}: holds no run that could be resumed (recipe.yaml is missing). Leave --resume out.")
+    if plain(read_config(stored, Recipe)) != plain(recipe):
+        raise UserError(
+            f"{folder}: was started with another recipe ({stored}). Resume with that one, or choose another folder with --out."
+        )
+
+
+def _start_session(folder: Path, recipe: Recipe, journal: Journal) -> None:
+    stored = folder / "recipe.yaml"
+    if not stored.exists():
+        write_atomic(stored, dump_yaml(recipe).encode())
+    journal.append("session")
+
+
+def _federate(simulation: Simulation, engine: Engine, display: Display) -> None:
+    if (simulation.folder / "model.safetensors").exists():
+        return
+    from client.app import app as client_app
+    from server.app import app as server_app
+
+    count = len(simulation.sites)
+    if engine == "ray":
+        from simulations.ray_engine import run_ray
+
+        run_ray(server_app, client_app, count, simulation.folder, simulation.plan.task.threads)
+    else:
+        from simulations.inline import run_inline
+
+        run_inline(server_app, client_app, count, simulation.folder)
+
+
+def _train_arms(simulation: Simulation, display: Display) -> tuple[dict[str, Any], float]:
+    """Weights of every model, in the report's order, and the seconds spent training the arms."""
+    from medsegdiff.weights import load_model
+
+    task = simulation.plan.task
+    arms = {}
+    seconds = 0.0
+    for arm in make_arms(task, simulation.sites, simulation.recipe.arms):
+        display.arm = arm.name
+        arms[arm.name], spent = train_arm(arm, task, simulation.folder / "arms")
+        seconds += spent
+    federated = load_model(simulation.folder / "model.safetensors").network.state_dict()
+    return {"federated": federated, **arms}, seconds
+
+
+def _display(simulation: Simulation, console: Console) -> Display:
+    """A display that knows how much work there is, in training steps."""
+    task, sites = simulation.plan.task, simulation.sites
+    tests = [case for site in sites.values() for case in site.data(task).test]
+    per_case = _case_units(tests, simulation)
+    arms = make_arms(task, sites, simulation.recipe.arms)
+    rounds_scored = -(-task.rounds // simulation.plan.evaluate_every)
+    steps = task.rounds * task.local_steps * len(sites) + sum(arm.steps for arm in arms)
+    scorings = rounds_scored + 1 + len(arms)
+    round_units = task.local_steps * len(sites)
+    return Display(console, task.rounds, steps + scorings * len(tests) * per_case, per_case, round_units)
+
+
+def _case_units(tests: list[PreparedCase], simulation: Simulation) -> float:
+    """Cost of scoring a case in training steps: a sampling step is a forward pass, about a third of a training step."""
+    task = simulation.plan.task
+    slices = sum(case.slices for case in tests) / max(1, len(tests))
+    return slices * task.sampling.steps * task.sampling.members / (3 * task.training.batch_size)
+
+
+def _plain_progress(console: Console) -> Any:
+    """A listener for the preparation: a line every few seconds."""
+    told = time.monotonic()
+
+    def listen(report: Any) -> None:
+        nonlocal told
+        if time.monotonic() - told > 2.0:
+            told = time.monotonic()
+            console.print(f"{report.stage}: {report.done} of {report.total}", highlight=False)
+
+    return listen

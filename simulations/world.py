@@ -1,0 +1,212 @@
+"""A world on disk: virtual hospitals, each a folder as a real hospital has it.
+
+    WORLD/SITE/site.yaml        name, data folder
+    WORLD/SITE/data/cases.csv   the site's own patients, with their split
+    WORLD/SITE/data/dataset.yaml
+
+A site started on such a folder cannot tell that it is simulated, so what is tried here holds for a real one.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from medsegdiff.data.cases import SPLITS
+from medsegdiff.data.dataset import Case, Dataset
+from medsegdiff.data.folder import SEPARATOR
+from medsegdiff.errors import UserError
+from medsegdiff.files import write_atomic
+from medsegdiff.progress import Progress, report
+from medsegdiff.strict import dump_yaml
+
+COLUMNS = (
+    "case_id", "patient_id", "site", "split", "image_path", "mask_path", "volume_id", "slice_index", "spacing_mm",
+)  # fmt: skip
+
+# Names become folders on any system and part of certificates: no separators, no blanks, no leading dot or dash.
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def write_world(
+    dataset: Dataset,
+    assignment: Mapping[str, Sequence[str]],
+    splits: Mapping[str, str],
+    folder: Path,
+    copy: bool,
+) -> tuple[Path, ...]:
+    """Write one folder a site, in the order of `assignment`.
+
+    Args:
+        dataset: where the cases come from, in any form that is read; patients without a site are left out.
+        assignment: site -> its patients.
+        splits: patient -> "train", "val" or "test", for every assigned patient.
+        folder: the world; it appears whole at the end, or not at all.
+        copy: True copies the image files, so that each site's folder can be moved to another machine; False leaves
+            them where they are and names them by relative paths.
+
+    Returns:
+        The site.yaml of each site.
+
+    Raises:
+        UserError: `folder` is already there; a site is empty or its name is no folder name; a patient is unknown, in
+            two sites or without a split; a file name cannot stand in cases.csv; the disk is full.
+    """
+    _check_names(list(assignment))
+    cases = _cases_of_patients(dataset, assignment, splits)
+    with whole_folder(folder) as partial:
+        for done, (site, patients) in enumerate(assignment.items()):
+            report(Progress("world", done, len(assignment), site=site))
+            data = partial / site / "data"
+            data.mkdir(parents=True)
+            place = _copier(dataset.root, data) if copy else _linker(folder.resolve() / site / "data")
+            rows = [_row(case, site, splits, place) for patient in sorted(patients) for case in cases[patient]]
+            write_atomic(data / "cases.csv", _table(rows))
+            write_atomic(data / "dataset.yaml", dump_yaml(dataset.config).encode())
+            write_atomic(partial / site / "site.yaml", _site_yaml(site))
+    report(Progress("world", len(assignment), len(assignment)))
+    return tuple(folder / site / "site.yaml" for site in assignment)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all: write into the one that is yielded, it is renamed at the end.
+
+    A process that is killed leaves only `.NAME.PID.partial` beside it, which may be deleted.
+
+    Raises:
+        UserError: `folder` is already there, or the disk refuses.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        if os.path.lexists(folder):
+            raise UserError(f"{folder}: is already there; nothing was written. Delete it or choose another folder.")
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: could not be written ({error}); nothing is left of it. Free space or choose another folder, "
+            "then repeat the command."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_names(sites: Sequence[str]) -> None:
+    if not sites:
+        raise UserError("a world of 0 sites was asked for; nothing was written. Assign patients to at least one site.")
+    for site in sites:
+        if not SITE_NAME.fullmatch(site):
+            raise UserError(
+                f"site name {site!r} cannot name a folder; nothing was written. Use at most 64 letters, digits, '-', "
+                "'_' and '.', beginning with a letter or digit."
+            )
+    folded = Counter(site.casefold() for site in sites)  # some file systems do not tell CS from cs
+    alike = [site for site in sites if folded[site.casefold()] > 1]
+    if alike:
+        raise UserError(f"site names {', '.join(alike)} differ in case only and could share a folder. Rename one.")
+
+
+def _cases_of_patients(
+    dataset: Dataset, assignment: Mapping[str, Sequence[str]], splits: Mapping[str, str]
+) -> dict[str, list[Case]]:
+    """The cases of each patient, after a check that the assignment is one."""
+    cases: defaultdict[str, list[Case]] = defaultdict(list)
+    for case in dataset.cases:
+        cases[case.patient_id].append(case)
+    owner: dict[str, str] = {}
+    for site, patients in assignment.items():
+        if not patients:
+            raise UserError(f"site {site} has 0 patients; nothing was written. Choose fewer sites or more patients.")
+        for patient in patients:
+            if patient not in cases:
+                raise UserError(
+                    f"site {site}: patient {patient} is not among the {len(cases)} patients of {dataset.root}; "
+                    "nothing was written. Partition the dataset anew."
+                )
+            if patient in owner:
+                raise UserError(
+                    f"patient {patient} is assigned to {owner[patient]} and {site}; a patient belongs to one site. "
+                    "Remove one of the two."
+                )
+            if splits.get(patient) not in SPLITS:
+                raise UserError(
+                    f"patient {patient} of site {site} has the split {splits.get(patient)!r}, which is none of "
+                    f"{', '.join(SPLITS)}; nothing was written. Give every assigned patient one."
+                )
+            owner[patient] = site
+    return cases
+
+
+def _linker(data: Path) -> Callable[[Path], Path]:
+    """Names a file by its way from the data folder. Only the folders' symbolic links are followed: the file's own
+    name carries its format, and the target of a link need not."""
+    return lambda path: Path(os.path.relpath(path.parent.resolve() / path.name, data))
+
+
+def _copier(root: Path, data: Path) -> Callable[[Path], Path]:
+    """Copies a file to where it lies in the dataset, or under `elsewhere/` if it comes from outside; returns its name.
+
+    A file that is missing is named all the same: the site's preparation reports and counts it, as it would have
+    at its source.
+    """
+    top = root.resolve()
+
+    def place(path: Path) -> Path:
+        source = path.parent.resolve() / path.name
+        if source.is_relative_to(top):
+            target = source.relative_to(top)
+        else:
+            target = Path("elsewhere") / hashlib.sha256(os.fsencode(source.parent)).hexdigest()[:12] / source.name
+        if source.is_file() and not (data / target).exists():
+            (data / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, data / target)  # contents only: a read-only original need not give a read-only copy
+        return target
+
+    return place
+
+
+def _row(case: Case, site: str, splits: Mapping[str, str], place: Callable[[Path], Path]) -> tuple[str, ...]:
+    """One line of cases.csv, in the order of COLUMNS."""
+    return (
+        case.case_id,
+        case.patient_id,
+        site,
+        splits[case.patient_id],
+        _join(case, [place(path) for path in case.image_paths]),
+        _join(case, [place(path) for path in case.mask_paths]),
+        case.volume_id or "",
+        "" if case.slice_index is None else str(case.slice_index),
+        "x".join(repr(size) for size in case.spacing_mm or ()),
+    )
+
+
+def _join(case: Case, paths: Sequence[Path]) -> str:
+    names = [path.as_posix() for path in paths]
+    for name in names:
+        if SEPARATOR in name or name != name.strip():
+            raise UserError(
+                f"case {case.case_id}: the path {name!r} holds {SEPARATOR!r} or a blank at an end, so it cannot stand "
+                "in cases.csv; nothing was written. Rename the file or its folder."
+            )
+    return SEPARATOR.join(names)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    return text.getvalue().encode()
+
+
+def _site_yaml(site: str) -> bytes:
+    return dump_yaml({"name": site, "data": "data", "cache": None, "device": "auto"}).encode()

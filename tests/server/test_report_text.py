@@ -1,0 +1,100 @@
+"""The report's words: a headline that claims no more than the numbers, and numbers as a person writes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_sample import sample_report
+
+from server.report_schema import parse_report
+from server.report_text import bytes_text, difference, duration_text, headline, rounds_text
+
+
+def headline_of(report: dict[str, Any]) -> str:
+    return headline(parse_report(report))
+
+
+def with_scores(**scores: tuple[float, float]) -> dict[str, Any]:
+    """A report whose arms have these (mean, worst) and whose sites were not reported."""
+    report = sample_report()
+    report["arms"] = {arm: {"mean": mean, "worst": worst} for arm, (mean, worst) in scores.items()}
+    for site in report["sites"].values():
+        site["dice"] = None
+    return report
+
+
+def test_headline_tells_gain_and_gap() -> None:
+    """A win is told with both differences and the gap to pooled training, as a reader would compute them."""
+    assert headline_of(with_scores(federated=(0.812, 0.761), local=(0.721, 0.612), pooled=(0.822, 0.781))) == (
+        "After 12 rounds over 4 sites, the federated model beats local-only training: mean Dice 0.812 against 0.721 "
+        "(+0.091), worst site 0.761 against 0.612 (+0.149); on the mean it is 0.010 under one model trained on all "
+        "data pooled (0.822)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("federated", "local", "claim"),
+    [
+        ((0.70, 0.60), (0.72, 0.65), "is worse than local-only training:"),
+        ((0.74, 0.60), (0.72, 0.65), "beats local-only training on the mean but is worse at the worst site"),
+        ((0.70, 0.66), (0.72, 0.65), "is worse than local-only training on the mean but beats it at the worst site"),
+        ((0.72, 0.65), (0.72, 0.65), "ties with local-only training:"),
+        ((0.7203, 0.65), (0.7198, 0.65), "ties with local-only training:"),
+        ((0.74, 0.65), (0.72, 0.65), "beats local-only training on the mean and ties at the worst site"),
+        ((0.72, 0.60), (0.72, 0.65), "ties with local-only training on the mean but is worse at the worst site"),
+    ],
+)
+def test_headline_claims_no_more_than_the_numbers(
+    federated: tuple[float, float], local: tuple[float, float], claim: str
+) -> None:
+    """A loss or a tie, on the mean or at the worst site, is called one."""
+    assert claim in headline_of(with_scores(federated=federated, local=local))
+
+
+def test_headline_of_a_run_without_comparison() -> None:
+    """Without local and pooled arms no gain is claimed; with pooled alone only the gap is told."""
+    alone = headline_of(with_scores(federated=(0.8, 0.7)))
+    assert "beats" not in alone
+    assert "mean Dice of 0.800, and 0.700 at the worst site" in alone
+    beside_pooled = headline_of(with_scores(federated=(0.8, 0.7), pooled=(0.79, 0.7)))
+    assert beside_pooled.endswith("on the mean it is 0.010 over one model trained on all data pooled (0.790).")
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_joined_rounds_hold_the_same_rounds(rounds: set[int]) -> None:
+    """Reading "3, 5–7" back gives the rounds that went in."""
+    back: set[int] = set()
+    for part in filter(None, rounds_text(tuple(rounds)).split(", ")):
+        first, _, last = part.partition("–")
+        back |= set(range(int(first), int(last or first) + 1))
+    assert back == rounds
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_difference_is_what_a_reader_subtracts(ours: float, theirs: float) -> None:
+    """The printed difference is exactly the difference of the printed numbers."""
+    found = difference(ours, theirs)
+    assert found is not None
+    assert round(1000 * found) == int(f"{ours:.3f}".replace(".", "")) - int(f"{theirs:.3f}".replace(".", ""))
+
+
+@pytest.mark.parametrize(
+    ("written", "due"),
+    [
+        (bytes_text(999), "999 bytes"),
+        (bytes_text(1_500), "1.5 kB"),
+        (bytes_text(999_900_000), "1,000 MB"),
+        (bytes_text(2_340_000_000_000), "2,340 GB"),
+        (bytes_text(None), "–"),
+        (duration_text(59.94), "59.9 s"),
+        (duration_text(59.97), "1 min 0 s"),
+        (duration_text(212.0), "3 min 32 s"),
+        (duration_text(7199.7), "2 h 0 min"),
+    ],
+)
+def test_quantities_read_as_a_person_writes_them(written: str, due: str) -> None:
+    """Bytes, and seconds at the borders between units."""
+    assert written == due
