@@ -24,6 +24,7 @@ from medsegdiff.weights import ModelCard
 
 CONTRACT_VERSION = 1
 RAW = "medsegfed.raw"  # array bytes: C order, little endian, nothing else
+LARGEST = 1e9  # of a loss, a distance or a time: sums over sites and rounds of what is accepted stay finite
 
 T = TypeVar("T")
 
@@ -112,8 +113,8 @@ class Update(Strict):
     seconds: float
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.loss) and math.isfinite(self.seconds), "loss and seconds must be finite numbers")
-        _require(self.seconds >= 0, f"seconds must not be negative, found {self.seconds}")
+        for name in ("loss", "seconds"):
+            _require(0 <= getattr(self, name) <= LARGEST, f"{name} must lie in 0..1e9, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class Scores(Strict):
 
     def __post_init__(self) -> None:
         numbers = [self.dice, self.hd95_mm, self.seconds, *self.dice_by_target.values()]
-        _require(all(math.isfinite(x) and x >= 0 for x in numbers if x is not None), "scores must be finite and >= 0")
+        _require(all(0 <= x <= LARGEST for x in numbers if x is not None), "scores must lie in 0..1e9")
+        _require(self.patients >= 0 and self.hd95_undefined >= 0, "counts must not be negative")
         _require(all(x <= 1 for x in [self.dice, *self.dice_by_target.values()] if x is not None), "Dice is at most 1")
 
 

@@ -146,7 +146,7 @@ def _ready(model: Path, changes: Mapping[str, int], threads: int, device: str) -
     torch.set_num_threads(threads)
     channels_last(segmenter.network).to(choose_device(device))
     try:
-        return segmenter, replace(segmenter.card.sampling, **changes)
+        return segmenter, replace(segmenter.card.sampling, **dict[str, Any](changes))
     except ValueError as error:
         raise UserError(f"{error}.") from error
 

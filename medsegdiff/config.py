@@ -61,7 +61,7 @@ class DiffusionConfig(Strict):
     """The forward process and what the network is asked to predict."""
 
     timesteps: int = 1000  # T
-    schedule: Schedule = "cosine"
+    schedule: Schedule = "linear"  # the paper's; more steps at high noise, where the image decides, than cosine
     prediction: Prediction = "x0"
     mask_scale: float = 1.0  # b: masks are diffused as -b / +b (the input scale of arXiv 2301.10972)
 
@@ -89,13 +89,13 @@ class SamplingConfig(Strict):
 class AugmentConfig(Strict):
     """Random changes to a training slice; each is drawn anew per slice. Zero or false switches one off."""
 
-    flip: bool = True  # mirror along either in-plane axis, each with probability 1/2
-    rotate_degrees: float = 15.0  # uniform in +- this
+    flip: bool = False  # mirror along either in-plane axis, each with probability 1/2; off: anatomy has sides
+    rotate_degrees: float = 10.0  # uniform in +- this
     scale: float = 0.1  # zoom uniform in 1 +- this
     shift: float = 0.0  # translation uniform in +- this fraction of the side
-    intensity: float = 0.2  # gain in 1 +- this, offset in +- this (in standard deviations), per channel
-    gamma: float = 0.2  # exponent exp(uniform +- this) on intensities rescaled to [0, 1]
-    noise: float = 0.05  # standard deviation of added Gaussian noise, at most
+    intensity: float = 0.1  # gain in 1 +- this, offset in +- this (in standard deviations), per channel
+    gamma: float = 0.1  # exponent exp(uniform +- this) on intensities rescaled to [0, 1]
+    noise: float = 0.02  # standard deviation of added Gaussian noise, at most
 
     def __post_init__(self) -> None:
         _require(0 <= self.rotate_degrees <= 180, f"rotate_degrees must lie in [0, 180], found {self.rotate_degrees}")
@@ -150,7 +150,9 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     """A preset's network with `changes` applied. Raises UserError for a name that is none."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}.")
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in PRESETS[name].items()}
+    settings: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in PRESETS[name].items()
+    }
     try:
         return replace(ModelConfig(**settings), **changes)
     except ValueError as error:

@@ -36,7 +36,8 @@ class FFParser(nn.Module):
             spectrum_BCHF = torch.fft.rfft2(wide)
             map_CHF = torch.view_as_complex(self.map_at(height, width).to(wide.dtype).contiguous())
             filtered = torch.fft.irfft2(spectrum_BCHF * map_CHF, s=(height, width))
-        return filtered.to(m_BCHW.dtype)
+        narrowed: Tensor = filtered.to(m_BCHW.dtype)
+        return narrowed
 
     def map_at(self, height: int, width: int) -> Tensor:
         """The map for another size, (C, height, width // 2 + 1, 2): A read at the new size's frequencies, bilinearly."""
@@ -55,7 +56,8 @@ class FFParser(nn.Module):
         read = F.grid_sample(
             shifted, grid.expand(len(shifted), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=True
         )
-        return torch.fft.ifftshift(read.permute(0, 2, 3, 1), dim=1)
+        back: Tensor = torch.fft.ifftshift(read.permute(0, 2, 3, 1), dim=1)
+        return back
 
 
 def _full_precision(device: str) -> AbstractContextManager[object]:
@@ -81,4 +83,5 @@ class DynamicFusion(nn.Module):
     def forward(self, image_BCHW: Tensor, mask_BCHW: Tensor) -> Tensor:
         """Image features made aware of the noisy mask, both (B, C, H, W)."""
         attention = self.norm_image(image_BCHW) * self.norm_mask(self.parser(mask_BCHW))
-        return image_BCHW + attention * image_BCHW
+        fused: Tensor = image_BCHW + attention * image_BCHW
+        return fused

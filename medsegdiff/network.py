@@ -41,8 +41,8 @@ class ResidualBlock(nn.Module):
         if self.time is not None and time_BE is not None:
             scale_BC11, shift_BC11 = self.time(time_BE)[:, :, None, None].chunk(2, dim=1)
             h_BCHW = h_BCHW * (1 + scale_BC11) + shift_BC11
-        residual: Tensor = self.conv_2(self.dropout(F.silu(h_BCHW)))
-        return residual + self.skip(x_BCHW)
+        out_BCHW: Tensor = self.skip(x_BCHW) + self.conv_2(self.dropout(F.silu(h_BCHW)))
+        return out_BCHW
 
 
 class Attention(nn.Module):

@@ -116,7 +116,7 @@ class Trainer:
             images.contiguous(memory_format=torch.channels_last),
         )
         loss = self.diffusion.loss(answer, clean, noise, t_B)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._add_proximal_gradient()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
         self.optimizer.step()

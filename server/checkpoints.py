@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
+from medsegdiff.strict import canonical_json
 from medsegdiff.weights import hash_weights, read_tensors
 
 log = logging.getLogger("medsegfed.server")
@@ -44,6 +46,7 @@ class CheckpointStore:
             "hash": hash_weights(checkpoint.weights),
             "record": json.dumps(checkpoint.record, sort_keys=True, allow_nan=False),
         }
+        metadata["seal"] = _seal(metadata)
         data = save({name: value.contiguous() for name, value in checkpoint.weights.items()}, metadata=metadata)
         write_atomic(self._path(checkpoint.round), data)
         for path in self._paths()[KEPT:]:
@@ -73,6 +76,8 @@ class CheckpointStore:
             raise UserError(f"{path}: belongs to run {metadata.get('run')!r}, not {run!r}.")
         if metadata.get("hash") != hash_weights(weights):
             raise UserError(f"{path}: its weights do not have the hash they were written with; the file is damaged.")
+        if metadata.pop("seal", None) != _seal(metadata) or path != self._path(int(metadata["round"])):
+            raise UserError(f"{path}: its record is not the one that was written; the file is damaged.")
         return Checkpoint(run, int(metadata["round"]), weights, json.loads(metadata["record"]))
 
     def _path(self, round_: int) -> Path:
@@ -80,3 +85,8 @@ class CheckpointStore:
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("round-*.safetensors"), reverse=True)
+
+
+def _seal(metadata: dict[str, str]) -> str:
+    """Hex SHA-256 over run, round, record and the weights' hash: no part of a checkpoint can change unnoticed."""
+    return hashlib.sha256(canonical_json(metadata).encode()).hexdigest()

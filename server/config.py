@@ -13,6 +13,15 @@ from medsegdiff.errors import UserError
 from medsegdiff.labels import LabelScheme
 from medsegdiff.strict import Strict, canonical_json
 
+_ANY_DATASET = DatasetConfig("any", "any", ("image",), {"background": 0, "target": 1})
+
+
+def _check_pace(evaluate_every: int, deadline_seconds: float) -> None:
+    if evaluate_every < 1:
+        raise ValueError(f"evaluate_every must be at least 1, found {evaluate_every}")
+    if not deadline_seconds > 0:
+        raise ValueError(f"deadline_seconds must be positive, found {deadline_seconds}")
+
 
 @dataclass(frozen=True)
 class StrategyConfig(Strict):
@@ -44,7 +53,10 @@ class ModelChoice(Strict):
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset {self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-        preset(self.preset, **self._changes())
+        try:
+            preset(self.preset, **self._changes())
+        except UserError as error:  # pydantic turns a ValueError into a line with file and key
+            raise ValueError(str(error).rstrip(".")) from error
 
     def resolve(self, dataset: DatasetConfig) -> ModelConfig:
         """The network for a dataset's channels and targets."""
@@ -70,6 +82,12 @@ class RunRequest(Strict):
     evaluate_every: int = 1  # rounds between scorings of the federated model; the last round is always scored
     quorum: int | None = None  # least number of sites whose updates make a round; default: all
     deadline_seconds: float = 3600.0  # a round waits no longer for its sites
+
+    def __post_init__(self) -> None:
+        _check_pace(self.evaluate_every, self.deadline_seconds)
+        if self.quorum is not None and self.quorum < 1:
+            raise ValueError(f"quorum must be at least 1, found {self.quorum}")
+        self.task(_ANY_DATASET, seed=0)  # the contract's own limits, before any patient is read
 
     def task(self, dataset: DatasetConfig, seed: int) -> TrainTask:
         """What the sites are asked."""
@@ -106,10 +124,7 @@ class RunPlan(Strict):
             raise ValueError("roster: a run needs at least one site")
         if self.quorum is not None and not 1 <= self.quorum <= len(self.roster):
             raise ValueError(f"quorum must lie in 1..{len(self.roster)} (the number of sites), found {self.quorum}")
-        if self.evaluate_every < 1:
-            raise ValueError(f"evaluate_every must be at least 1, found {self.evaluate_every}")
-        if self.deadline_seconds <= 0:
-            raise ValueError(f"deadline_seconds must be positive, found {self.deadline_seconds}")
+        _check_pace(self.evaluate_every, self.deadline_seconds)
 
     @property
     def run_id(self) -> str:

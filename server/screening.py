@@ -22,6 +22,7 @@ class Expected:
     steps: int
     enrolled: int  # training patients on the roster: the largest weight the site may claim
     shapes: Mapping[str, tuple[int, ...]]
+    targets: tuple[str, ...]  # what scores may be reported of
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def screen_update(message: Message, expected: Expected) -> Accepted | Rejection:
             raise ContractError("the record 'delta' is not a set of arrays")
         return Accepted(update, arrays_from_wire(record, expected.shapes), array_bytes(record))
     except Exception as error:  # whatever a site sends must not end the run of the others
-        return Rejection(expected.site, _reason(error))
+        return Rejection(expected.site, short_reason(error))
 
 
 def screen_scores(message: Message, expected: Expected) -> Scores | Rejection:
@@ -64,8 +65,12 @@ def screen_scores(message: Message, expected: Expected) -> Scores | Rejection:
     try:
         scores = from_wire(_content(message, {"scores"}), "scores", Scores)
         _check_identity(scores.site, scores.run, scores.round, scores.model_hash, expected)
+        if set(scores.dice_by_target) != (set(expected.targets) if scores.patients else set()):
+            raise ContractError(f"it scores {sorted(scores.dice_by_target)[:5]}, not {list(expected.targets)}")
+        if (scores.dice is None) != (scores.patients == 0):
+            raise ContractError(f"it reports the Dice {scores.dice} of {scores.patients} patients")
     except Exception as error:  # as above
-        return Rejection(expected.site, _reason(error))
+        return Rejection(expected.site, short_reason(error))
     return scores
 
 
@@ -85,7 +90,8 @@ def _check_identity(site: str, run: str, round_: int, model_hash: str, expected:
             raise ContractError(f"it is for {what} {str(found)[:40]!r}, not {str(wanted)[:40]!r}")
 
 
-def _reason(error: Exception) -> str:
-    """One short line; a hostile reply does not get to write a page into the log."""
+def short_reason(error: Exception) -> str:
+    """One short line of printable signs: a hostile reply gets to write neither a page nor commands to a terminal."""
     kind = "" if isinstance(error, ContractError) else f"{type(error).__name__}: "
-    return f"{kind}{' '.join(str(error).split())}"[:300]
+    line = f"{kind}{' '.join(str(error).split())}"[:300]
+    return "".join(sign if sign.isprintable() else "?" for sign in line)

@@ -29,13 +29,14 @@ from client.contract import (
     to_wire,
 )
 from medsegdiff.errors import UserError
+from medsegdiff.labels import LabelScheme
 from medsegdiff.progress import Progress, report
 from medsegdiff.weights import hash_weights, weight_shapes
 from server.aggregation import AggregationOverflow, FixedPointSum, apply_update
 from server.checkpoints import Checkpoint, CheckpointStore
 from server.config import RunPlan
 from server.journal import Journal
-from server.screening import Accepted, Expected, Rejection, screen_scores, screen_update
+from server.screening import Accepted, Expected, Rejection, screen_scores, screen_update, short_reason
 
 log = logging.getLogger("medsegfed.server")
 
@@ -139,8 +140,9 @@ class FederatedAveraging(Strategy):
             if site in self._sites.values():
                 raise ContractError(f"'{site}' is here twice; the first one counts")
         except Exception as error:  # one stranger must not end the run of the others
-            log.warning("a node is left out: %s", error)
-            self.journal.append("stranger", reason=str(error)[:300])
+            reason = short_reason(error)
+            log.warning("a node is left out: %s", reason)
+            self.journal.append("stranger", reason=reason)
             return
         self._sites[node] = site
 
@@ -170,8 +172,7 @@ class FederatedAveraging(Strategy):
         accepted: dict[str, dict[str, Any]] = {}
         rejected: dict[str, str] = {}
         received = 0
-        for reply in replies:
-            site = self._sites[reply.metadata.src_node_id]
+        for site, reply in self._once_each(server_round, replies):
             outcome = screen_update(reply, self._expected(site, server_round))
             if isinstance(outcome, Accepted):
                 outcome = self._fold(total, outcome)
@@ -195,8 +196,7 @@ class FederatedAveraging(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect every site's averages; returns the mean Dice over sites."""
         scores: dict[str, Scores] = {}
-        for reply in replies:
-            site = self._sites[reply.metadata.src_node_id]
+        for site, reply in self._once_each(server_round, replies):
             outcome = screen_scores(reply, self._expected(site, server_round))
             if isinstance(outcome, Rejection):
                 log.warning("round %d: the scores of %s are left out: %s", server_round, site, outcome.reason)
@@ -223,13 +223,13 @@ class FederatedAveraging(Strategy):
 
     def _round_messages(self, kind: str, round_: int) -> Iterator[Message]:
         """Messages share one set of records: sending to many sites does not multiply the model in memory."""
-        records = {
+        records: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {
             "task": to_wire(self.plan.task),
             "assignment": to_wire(Assignment(self.plan.run_id, round_, self.model_hash)),
             "weights": arrays_to_wire(self.weights),
         }
         for node in sorted(self._sites, key=self._sites.__getitem__):
-            yield Message(RecordDict(dict(records)), node, kind, group_id=str(round_))
+            yield Message(RecordDict({**records}), node, kind, group_id=str(round_))
 
     def _stream(self, grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
         """Send, then yield replies one at a time as they come, until all are here or the deadline has passed."""
@@ -247,11 +247,23 @@ class FederatedAveraging(Strategy):
             if pending and not came:
                 time.sleep(POLL_SECONDS)
 
+    def _once_each(self, round_: int, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
+        """Each site's first reply; one of an unknown node, or a second one, must not be folded."""
+        seen: set[str] = set()
+        for reply in replies:
+            site = self._sites.get(reply.metadata.src_node_id)
+            if site is None or site in seen:
+                reason = "a reply of a node that was not asked" if site is None else f"a second reply of {site}"
+                log.warning("round %d: %s is left out", round_, reason)
+                self.journal.append("stranger", round=round_, reason=reason)
+                continue
+            seen.add(site)
+            yield site, reply
+
     def _expected(self, site: str, round_: int) -> Expected:
-        plan = self.plan
-        return Expected(
-            site, plan.run_id, round_, self.model_hash, plan.task.local_steps, plan.roster[site], self.shapes
-        )
+        plan, targets = self.plan, LabelScheme.of(self.plan.task.dataset).targets
+        steps, enrolled = plan.task.local_steps, plan.roster[site]
+        return Expected(site, plan.run_id, round_, self.model_hash, steps, enrolled, self.shapes, targets)
 
     @staticmethod
     def _fold(total: FixedPointSum, outcome: Accepted) -> Accepted | Rejection:
@@ -271,7 +283,7 @@ class FederatedAveraging(Strategy):
         moved: dict[str, int],
     ) -> None:
         weights = apply_update(self.weights, total.mean())
-        record = {
+        record: dict[str, Any] = {
             "round": round_,
             "model_hash": hash_weights(weights),
             "accepted": dict(sorted(accepted.items())),
@@ -287,7 +299,13 @@ class FederatedAveraging(Strategy):
         self, round_: int, accepted: dict[str, Any], rejected: dict[str, str], absent: list[str]
     ) -> UserError:
         reasons = [f"{site} was rejected ({reason})" for site, reason in sorted(rejected.items())]
-        reasons += [f"{site} did not answer within {self.plan.deadline_seconds:g} s" for site in absent]
+        asked = set(self._sites.values())
+        reasons += [
+            f"{site} did not answer within {self.plan.deadline_seconds:g} s"
+            if site in asked
+            else f"{site} did not introduce itself, its own log says why"
+            for site in absent
+        ]
         self.journal.append("below_quorum", round=round_, accepted=sorted(accepted), rejected=rejected, absent=absent)
         return UserError(
             f"round {round_}: {len(accepted)} of {len(self.plan.roster)} sites gave a usable update, the quorum is "

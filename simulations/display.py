@@ -97,7 +97,7 @@ class Display:
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
         with Progress(*columns, console=self._console, refresh_per_second=4) as bar, listening(self):
-            self._bar, self._task = bar, bar.add_task("starting", total=self._units, completed=self._done)
+            self._bar, self._task = bar, bar.add_task("starting", total=self._units, completed=int(self._done))
             yield
 
 

@@ -51,12 +51,13 @@ class Contrast(Strict):
 
 T1 = Contrast(fat=0.85, bone=0.10, csf=0.14, grey=0.50, white=0.68, vessel=0.30, lesion=0.30)
 T1_ENHANCED = Contrast(fat=0.80, bone=0.10, csf=0.15, grey=0.42, white=0.55, vessel=0.90, lesion=0.80)
-T2 = Contrast(fat=0.60, bone=0.08, csf=0.98, grey=0.50, white=0.36, vessel=0.78, lesion=0.76)
+T2 = Contrast(fat=0.55, bone=0.08, csf=1.00, grey=0.46, white=0.34, vessel=0.74, lesion=0.74)
 FLAIR = Contrast(fat=0.70, bone=0.10, csf=0.12, grey=0.50, white=0.40, vessel=0.70, lesion=0.72)
 CT = Contrast(fat=0.10, bone=1.00, csf=0.26, grey=0.62, white=0.56, vessel=0.40, lesion=0.34)
-CT_BLEEDING = Contrast(fat=0.08, bone=1.00, csf=0.24, grey=0.46, white=0.40, vessel=0.72, lesion=0.72)
+CT_BLEEDING = Contrast(fat=0.08, bone=1.00, csf=0.26, grey=0.49, white=0.43, vessel=0.65, lesion=0.65)
 ADC = Contrast(fat=0.15, bone=0.06, csf=0.90, grey=0.52, white=0.46, vessel=0.25, lesion=0.26)
-PROTON_DENSITY = Contrast(fat=0.75, bone=0.08, csf=0.72, grey=0.64, white=0.50, vessel=0.24, lesion=0.28)
+PROTON_DENSITY = Contrast(fat=0.88, bone=0.06, csf=0.64, grey=0.56, white=0.46, vessel=0.78, lesion=0.77)
+SUSCEPTIBILITY = Contrast(fat=0.55, bone=0.05, csf=0.72, grey=0.64, white=0.54, vessel=0.22, lesion=0.28)
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,14 @@ class Scanner(Strict):
 
 SCANNERS: tuple[Scanner, ...] = (
     Scanner("alder", FLAIR, 0.15, (64, 64), (2.9, 2.9, 5.0), 0.030, full_scale=900),
-    Scanner("birch", T2, 0.20, (60, 68), (3.0, 3.0, 6.0), 0.030, "rician", "ghosting", 0.16, 255),
+    Scanner("birch", T2, 0.20, (60, 68), (3.0, 3.0, 6.0), 0.030, "rician", "stripes", 0.02, 255),
     Scanner("cedar", T1_ENHANCED, 0.35, (64, 72), (2.7, 2.7, 4.0), 0.025, "rician", "motion", 3.0, 4000, "PSR"),
-    Scanner("dogwood", CT_BLEEDING, 0.02, (76, 76), (2.45, 2.45, 5.5), 0.025, "gaussian", "stripes", 0.02, 255, "LAS"),
+    Scanner("dogwood", PROTON_DENSITY, 0.15, (56, 56), (3.3, 3.3, 5.0), 0.035, "rician", "ghosting", 0.15, 2000, "LAS"),
     Scanner("elm", T1, 0.30, (72, 72), (2.55, 2.55, 4.0), 0.025, full_scale=700, orientation="LPS"),
-    Scanner("fir", CT, 0.02, (80, 80), (2.3, 2.3, 4.5), 0.025, "gaussian", "stripes", 0.02, 2000),
-    Scanner("ginkgo", ADC, 0.10, (56, 56), (3.3, 3.3, 5.0), 0.040, full_scale=3000),
-    Scanner("hazel", PROTON_DENSITY, 0.25, (64, 64), (2.85, 2.85, 7.0), 0.035, "rician", "motion", 3.0, 1200, "LPS"),
+    Scanner("fir", CT, 0.02, (80, 80), (2.3, 2.3, 4.5), 0.025, "gaussian", "stripes", 0.02, 255),
+    Scanner("ginkgo", ADC, 0.10, (60, 60), (3.1, 3.1, 5.0), 0.040, full_scale=3000),
+    Scanner("hazel", SUSCEPTIBILITY, 0.25, (64, 64), (2.85, 2.85, 7.0), 0.035, "rician", "motion", 3.0, 1200, "LPS"),
+    Scanner("ivy", CT_BLEEDING, 0.02, (76, 76), (2.45, 2.45, 5.5), 0.030, "gaussian", full_scale=1000),
 )
 """The hospitals there are, in the order in which a number of sites takes them."""
 

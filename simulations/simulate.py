@@ -9,8 +9,9 @@ and ends with the same weights:
 from __future__ import annotations
 
 import os
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from simulations.display import Display, make_console
 from simulations.outcome import Outcome, score_models, write_outcome
 from simulations.partition import partition_patients, patients_of
 from simulations.phantoms import write_phantoms
-from simulations.recipe import Recipe, open_source, read_recipe
+from simulations.recipe import Recipe, open_source, read_recipe, with_targets
 from simulations.world import write_world
 
 Engine = Literal["inline", "ray"]
@@ -67,7 +68,12 @@ def simulate(recipe_path: Path, data: Path | None, out: Path | None, engine: Eng
     console = make_console()
     journal = Journal(folder / "journal.jsonl")
     _start_session(folder, recipe, journal)
-    simulation = prepare_simulation(recipe, data, folder, engine, str(recipe_path), console)
+    try:
+        simulation = prepare_simulation(recipe, data, folder, engine, str(recipe_path), console)
+    except UserError:
+        if not resume:  # the folder was empty: what lies in it is ours, and the mended command must find it empty again
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     display = _display(simulation, console)
     with display.live():
         _federate(simulation, engine, display)
@@ -126,6 +132,7 @@ def build_world(
         if prepared.faults:
             console.print(f"{len(prepared.faults)} of {len(dataset.cases)} cases are left out")
         usable = Dataset(dataset.root, dataset.config, tuple(p.case for p in prepared.cases))
+        _check_sites_left(dataset, usable, recipe)
         patients = patients_of(usable, recipe.world.partition)
     assignment = partition_patients(patients, recipe.world.partition, recipe.seed)
     splits = _split_sites(usable, assignment, recipe)
@@ -151,7 +158,18 @@ def _source_dataset(recipe: Recipe, data: Path | None, folder: Path) -> Dataset:
     source = folder / "phantoms"
     if not source.exists():
         write_phantoms(recipe.world.phantoms, source)
-    return open_dataset(source)
+    dataset = open_dataset(source)
+    return replace(dataset, config=with_targets(dataset.config, recipe.world.targets))
+
+
+def _check_sites_left(dataset: Dataset, usable: Dataset, recipe: Recipe) -> None:
+    left = {case.site for case in usable.cases}
+    gone = sorted({str(case.site) for case in dataset.cases if case.site not in left})
+    if gone and recipe.world.partition.by == "site":
+        raise UserError(
+            f"{dataset.root}: all cases of the site(s) {', '.join(gone)} are faulty, so {len(gone)} site(s) would be empty; "
+            "nothing was trained. Mend the cases (medsegfed data check names them) or remove their rows."
+        )
 
 
 def _split_sites(dataset: Dataset, assignment: dict[str, list[str]], recipe: Recipe) -> dict[str, str]:

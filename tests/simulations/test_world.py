@@ -122,7 +122,9 @@ def write_nifti(path: Path, array: np.ndarray) -> None:
 def make_nnunet(folder: Path) -> None:
     for index, name in enumerate(("p1", "p2")):
         for channel in range(2):
-            write_nifti(folder / "imagesTr" / f"{name}_{channel:04d}.nii.gz", np.full((3, 4, 5), index + 10 * channel, "f4"))
+            write_nifti(
+                folder / "imagesTr" / f"{name}_{channel:04d}.nii.gz", np.full((3, 4, 5), index + 10 * channel, "f4")
+            )
         write_nifti(folder / "labelsTr" / f"{name}.nii.gz", np.full((3, 4, 5), index, np.uint8))
     (folder / "dataset.json").write_text(
         '{"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}'
@@ -154,7 +156,9 @@ def test_other_forms_become_cases(tmp_path, make, copy) -> None:
     assert len(case.image_paths) == len(original.image_paths)
     volume = read_image(case.image_paths, 2)
     assert [float(channel.mean()) for channel in volume.array] == [1.0, 11.0]
-    assert np.array_equal(read_mask(case.mask_paths, dataset.config, volume), read_mask(original.mask_paths, source.config))
+    assert np.array_equal(
+        read_mask(case.mask_paths, dataset.config, volume), read_mask(original.mask_paths, source.config)
+    )
 
 
 SCALAR = st.floats(0.01, 100, allow_nan=False)
@@ -183,7 +187,9 @@ def test_every_field_of_a_case_survives(tmp_path_factory, case, split) -> None:
         slice_index=case.slice_index if case.volume_id else None,
     )
     patient = placed.patient_id
-    paths = write_world(Dataset(root, CONFIG, (placed,)), {"A": [patient]}, {patient: split}, root / "world", copy=False)
+    paths = write_world(
+        Dataset(root, CONFIG, (placed,)), {"A": [patient]}, {patient: split}, root / "world", copy=False
+    )
     dataset = open_dataset(paths[0].parent / "data")
     assert dataset.config == CONFIG
     read = dataset.cases[0]
@@ -237,7 +243,9 @@ def test_a_missing_file_stays_the_readers_affair(phantoms, tmp_path) -> None:
         ],
     ],
 )
-def test_what_is_no_world_is_refused_before_anything_is_written(phantoms, tmp_path, assignment, splits, message) -> None:
+def test_what_is_no_world_is_refused_before_anything_is_written(
+    phantoms, tmp_path, assignment, splits, message
+) -> None:
     """One line with the fact; the folder is not there afterwards."""
     with pytest.raises(UserError, match=message):
         write_world(phantoms, assignment, splits, tmp_path / "world", copy=False)
@@ -302,7 +310,9 @@ def test_a_killed_run_leaves_no_half_world(phantoms, tmp_path) -> None:
     """Killed after the first of two sites, there is no world; the next run makes a whole one."""
     world = tmp_path / "world"
     command = [sys.executable, "-c", KILLED, str(phantoms.root), str(world)]
-    killed = subprocess.run(command, check=False, cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    killed = subprocess.run(
+        command, check=False, cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert killed.returncode == -signal.SIGKILL
     assert not world.exists()
     assert [path.name.startswith(".world.") for path in tmp_path.iterdir()] == [True]
@@ -334,7 +344,9 @@ def test_real_institutions_become_sites(tmp_path) -> None:
     paths = write_world(dataset, assignment, splits, tmp_path / "world", copy=False)
     worlds = [open_dataset(path.parent / "data") for path in paths]
     assert sum(len(world.cases) for world in worlds) == len(dataset.cases)
-    assert all(path.is_file() for world in worlds for case in world.cases for path in case.image_paths + case.mask_paths)
+    assert all(
+        path.is_file() for world in worlds for case in world.cases for path in case.image_paths + case.mask_paths
+    )
     patients = [{case.patient_id for case in world.cases} for world in worlds]
     assert [len(group) for group in patients] == [10] * 4
     assert len(set.union(*patients)) == 40

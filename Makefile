@@ -1,0 +1,48 @@
+# `make demo` and `make test` set themselves up; nothing need be installed by hand but Python 3.11 or later.
+#
+#   TORCH_INDEX=https://...   package index to take torch from: the CPU or CUDA build of your choice (see README.md).
+#   PYTHON=python3.12         interpreter that makes the environment.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+PEERS := .venv-peers
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := 'torch>=2.11,<2.14'
+TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check bench setup clean
+
+setup: $(READY)
+
+# torch goes first: a later package that asks for "torch" would otherwise fetch gigabytes of CUDA libraries.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_FROM) $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+RUN ?= runs/quickstart
+
+demo: $(READY)
+	@if [ -e $(RUN) ]; then echo "$(RUN) is there already: going on with it (remove it to start anew)"; \
+	  $(BIN)/medsegfed simulate quickstart --out $(RUN) --resume; \
+	else $(BIN)/medsegfed simulate quickstart --out $(RUN); fi
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m 'not slow and not e2e and not gpu'
+
+clean:
+	rm -rf $(VENV) $(PEERS) build *.egg-info

@@ -1,0 +1,53 @@
+"""The one door: what is not the model's own finite change does not leave."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from client.contract import Presence, Scores, Update, arrays_from_wire, from_wire
+from client.gate import release_presence, release_scores, release_update
+from medsegdiff.errors import UserError
+
+UPDATE = Update("alder", "run-1", 1, "a" * 64, 3, 2, 0.5, 1.25)
+BASE = {"w": torch.ones(2, 3), "b": torch.ones(3)}
+
+
+def delta(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((2, 3), 0.5), "b": torch.zeros(3), **changes}
+
+
+def test_a_good_update_passes_with_its_fields_and_nothing_else() -> None:
+    """Two records, the update and the delta, as they were."""
+    content = release_update(UPDATE, delta(), BASE)
+    assert set(content) == {"update", "delta"}
+    assert from_wire(content, "update", Update) == UPDATE
+    read = arrays_from_wire(content.array_records["delta"], {"w": (2, 3), "b": (3,)})
+    assert all(torch.equal(read[name], value) for name, value in delta().items())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (delta(w=torch.tensor([[0.0, 1, math.nan]] * 2)), "'w': it holds values that are not finite. Nothing was sent"),
+        (delta(b=torch.tensor([0.0, math.inf, 1])), "'b': it holds values that are not finite"),
+        (delta(image=torch.zeros(9)), "'image', which is not one of the model's. Nothing was sent"),
+        ({"w": torch.zeros(2, 3)}, "'b', which is not one"),
+        (delta(w=torch.zeros(3, 2)), r"'w' \(\(3, 2\).*Nothing was sent"),
+        (delta(w=torch.zeros(2, 3, dtype=torch.float64)), "torch.float64"),
+    ],
+)
+def test_anything_else_is_stopped(bad, message) -> None:
+    """An error instead of a message: nothing was built that could be sent."""
+    with pytest.raises(UserError, match=message):
+        release_update(UPDATE, bad, BASE)
+
+
+def test_counts_and_averages_pass() -> None:
+    """Presence and scores leave as one record each."""
+    presence = Presence("alder", 3, 1, 0)
+    scores = Scores("alder", "run-1", 1, "a" * 64, 0, None)
+    assert from_wire(release_presence(presence), "presence", Presence) == presence
+    assert from_wire(release_scores(scores), "scores", Scores) == scores
