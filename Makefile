@@ -44,5 +44,18 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -m 'not slow and not e2e and not gpu'
 
+# Peers drag in packages that break ours, so they live in an environment of their own.
+$(PEERS)/.ready: benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet $(TORCH_FROM) $(TORCH)
+	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/requirements-peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-deps med-seg-diff-pytorch==0.3.3
+	touch $@
+
+bench: $(READY) $(PEERS)/.ready
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.quality
+	@if [ -e $(RUN)/report.json ]; then $(BIN)/python -m benchmarks.overhead $(RUN); fi
+
 clean:
 	rm -rf $(VENV) $(PEERS) build *.egg-info

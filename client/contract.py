@@ -1,6 +1,6 @@
 """The contract between a hospital and the server: all that a site may be asked, all that leaves it.
 
-A site's data officer can read this one file to know what crosses the wire. Every type here travels as canonical JSON
+A site's data officer can read this one file to know what crosses the wire. Every type here travels as JSON
 plus raw little-endian float32 arrays: no pickle, no header inside the array bytes that could declare more than there is.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from medsegdiff.config import DiffusionConfig, ModelConfig, SamplingConfig, TrainingConfig
 from medsegdiff.data.dataset import DatasetConfig
 from medsegdiff.errors import UserError
-from medsegdiff.strict import Strict, canonical_json
+from medsegdiff.strict import Strict, compact_json
 from medsegdiff.weights import ModelCard
 
 CONTRACT_VERSION = 1
@@ -141,7 +141,7 @@ class Scores(Strict):
 
 def to_wire(message: object) -> ConfigRecord:
     """A contract type as a Flower record."""
-    return ConfigRecord({"json": canonical_json(message)})
+    return ConfigRecord({"json": compact_json(message)})
 
 
 def from_wire(content: RecordDict, name: str, kind: type[T]) -> T:

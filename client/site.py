@@ -59,6 +59,7 @@ class Site:
         self.path = path
         self.config = read_config(path, SiteConfig)
         self._data: dict[int, SiteData] = {}
+        self._schema: DatasetConfig
 
     @property
     def name(self) -> str:
@@ -75,7 +76,9 @@ class Site:
         if size not in self._data:
             dataset = open_dataset(self.path.parent / self.config.data)
             self._check_schema(dataset.config, task.dataset)
+            self._schema = dataset.config
             self._data[size] = self._split(prepare(dataset, size, self._cache()))
+        self._check_schema(self._schema, task.dataset)  # kept data may have been opened for another run
         return self._data[size]
 
     def presence(self, task: TrainTask) -> Presence:
@@ -107,7 +110,7 @@ class Site:
     def _check_schema(self, own: DatasetConfig, asked: DatasetConfig) -> None:
         for what, mine, theirs in (
             ("channels", list(own.channels), list(asked.channels)),
-            ("labels", list(own.labels), list(asked.labels)),
+            ("labels", list(own.label_names), list(asked.label_names)),
         ):
             if mine != theirs:
                 raise UserError(

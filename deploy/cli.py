@@ -77,7 +77,9 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
     batch: Annotated[int, typer.Option(min=1, help="Slices a step.")] = 16,
     learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate (AdamW).")] = 2e-3,
-    ema: Annotated[float, typer.Option(min=0, max=0.99999, help="Decay of the weight average; 0 switches it off.")] = 0.999,
+    ema: Annotated[
+        float, typer.Option(min=0, max=0.99999, help="Decay of the weight average; 0 switches it off.")
+    ] = 0.999,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same weights.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="torch threads.")] = 2,
     device: DeviceOption = "auto",

@@ -20,7 +20,7 @@ from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
 from medsegdiff.labels import LabelScheme
 from medsegdiff.progress import Progress, report
-from medsegdiff.strict import Strict, canonical_json
+from medsegdiff.strict import Strict, compact_json
 from medsegdiff.training import Trainer
 from medsegdiff.weights import ModelCard, build, initial_weights, read_tensors, save_model
 
@@ -67,7 +67,7 @@ def train_alone(dataset: Dataset, wanted: TrainAlone, out: Path, cache: Path, de
     """
     state_path = out / "state.safetensors"
     _check_out(out, state_path, resume)
-    write_atomic(out / "train.json", canonical_json(wanted).encode())
+    write_atomic(out / "train.json", compact_json(wanted).encode())
     train, _ = training_cases(dataset, wanted.model.image_size, cache, wanted.test_fraction, wanted.seed)
     card = ModelCard(wanted.model, wanted.diffusion, wanted.sampling, dataset.config)
     torch.set_num_threads(wanted.threads)
@@ -79,12 +79,12 @@ def train_alone(dataset: Dataset, wanted: TrainAlone, out: Path, cache: Path, de
     trainer = Trainer(
         segmenter.network, segmenter.diffusion, batches, wanted.training, wanted.steps, seed, average=average
     )
-    done = _restore(trainer, state_path, canonical_json(wanted)) if resume else 0
+    done = _restore(trainer, state_path, compact_json(wanted)) if resume else 0
     while done < wanted.steps:
         last = min(done + SAVE_EVERY, wanted.steps)
         trainer.run(done, last, lambda step, loss: report(Progress("train", step, wanted.steps, loss=loss)))
         done = last
-        trainer.save(state_path, done, wanted=canonical_json(wanted))
+        trainer.save(state_path, done, wanted=compact_json(wanted))
     weights = average.shadow if average is not None else segmenter.network.state_dict()
     save_model(out / "model.safetensors", card, weights)
     return out / "model.safetensors"

@@ -49,7 +49,7 @@ class FFParser(nn.Module):
         frequency_y = torch.fft.fftshift(torch.fft.fftfreq(height, device=self.map.device, dtype=self.map.dtype))
         frequency_x = torch.fft.rfftfreq(width, device=self.map.device, dtype=self.map.dtype)
         position_y = frequency_y * rows + rows // 2
-        position_x = frequency_x * 2 * (columns - 1)
+        position_x = frequency_x * rows  # maps are made square; 2 * (columns - 1) is one short of an odd width
         grid_y = 2 * position_y / max(rows - 1, 1) - 1
         grid_x = 2 * position_x / max(columns - 1, 1) - 1
         grid = torch.stack(torch.broadcast_tensors(grid_x[None, :], grid_y[:, None]), dim=-1)

@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = max(1, channels // 32)
+        self.heads = math.gcd(channels, max(1, channels // 32))  # heads share the channels evenly
         self.norm = _group_norm(channels)
         self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)

@@ -11,7 +11,8 @@ import difflib
 import json
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -35,7 +36,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
+            if not isinstance(key, Hashable):
+                continue  # refused below, with its line
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
@@ -128,10 +131,9 @@ def _fields_at(kind: Any, location: list[Any]) -> list[str]:
 
 def _unwrap(kind: Any) -> Any:
     """The dataclass inside `X | None`, else the type itself."""
-    for option in get_args(kind):
-        if dataclasses.is_dataclass(option):
-            return option
-    return kind
+    if get_origin(kind) not in (Union, UnionType):  # a tuple or dict of dataclasses has a level of its own
+        return kind
+    return next((option for option in get_args(kind) if dataclasses.is_dataclass(option)), kind)
 
 
 def _kind_of(data: Any) -> str:
@@ -150,8 +152,16 @@ def plain(config: Any) -> Any:
 
 
 def canonical_json(data: Any) -> str:
-    """JSON with sorted keys and no spaces: equal data gives equal text, fit for hashing. NaN is refused."""
+    """JSON with sorted keys and no spaces: equal data gives equal text. For hashes, never to be read back. NaN is refused."""
     return json.dumps(plain(data), sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def compact_json(data: Any) -> str:
+    """JSON without spaces, keys in the order of declaration. NaN is refused.
+
+    For what is read back: the order of labels and targets is the order of indices and channels.
+    """
+    return json.dumps(plain(data), separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 
 
 def dump_yaml(data: Any) -> str:

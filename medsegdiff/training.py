@@ -37,7 +37,7 @@ def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     warmup = max(1, round(config.warmup_fraction * total_steps))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     low = config.final_rate
     return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 

@@ -1,7 +1,7 @@
 """model.safetensors: weights as plain tensors, with all that is needed to rebuild the network and read a scan for it.
 
-The configuration is canonical JSON under one metadata key, without time, path or run name: equal weights and settings
-give equal bytes.
+The configuration is JSON under one metadata key, in the order of declaration, without time, path or run name: equal
+weights and settings give equal bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
 from medsegdiff.labels import LabelScheme
 from medsegdiff.network import MedSegDiff
-from medsegdiff.strict import Strict, canonical_json, parse_config
+from medsegdiff.strict import Strict, compact_json, parse_config
 
 METADATA_KEY = "medsegfed"
 FORMAT = 1
@@ -76,7 +76,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def serialise(card: ModelCard, weights: Mapping[str, Tensor]) -> bytes:
     """The bytes of a model file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
-    return save(tensors, metadata={METADATA_KEY: canonical_json(card)})
+    return save(tensors, metadata={METADATA_KEY: compact_json(card)})
 
 
 def save_model(path: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> None:

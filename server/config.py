@@ -11,7 +11,7 @@ from medsegdiff.config import PRESETS, DiffusionConfig, ModelConfig, SamplingCon
 from medsegdiff.data.dataset import DatasetConfig
 from medsegdiff.errors import UserError
 from medsegdiff.labels import LabelScheme
-from medsegdiff.strict import Strict, canonical_json
+from medsegdiff.strict import Strict, compact_json
 
 _ANY_DATASET = DatasetConfig("any", "any", ("image",), {"background": 0, "target": 1})
 
@@ -129,7 +129,7 @@ class RunPlan(Strict):
     @property
     def run_id(self) -> str:
         """Our own identity of the run: its name and a hash of all that defines it, whatever the engine."""
-        defining = canonical_json(replace(self, engine="any"))
+        defining = compact_json(replace(self, engine="any"))
         return f"{self.name}-{hashlib.sha256(defining.encode()).hexdigest()[:12]}"
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,9 @@ def context(index: int = 0) -> Context:
     return Context(1, 1000, {"partition-id": index, "num-partitions": 3}, RecordDict(), {})
 
 
-def ask(kind: str, task: TrainTask, index: int = 0, **records: object) -> Message:
+def ask(kind: str, asked: TrainTask, index: int = 0, **records: object) -> Message:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    message = Message(RecordDict({"task": to_wire(task), **records}), 1000, kind)
+    message = Message(RecordDict({"task": to_wire(asked)} | records), 1000, kind)
     message.metadata.__dict__["_message_id"] = "m-1"
     return app(message, context(index))
 
@@ -108,17 +109,14 @@ def test_a_bad_question_is_refused(world, tiny_task, spoil) -> None:
 
 def test_another_contract_is_refused(world, tiny_task, caplog) -> None:
     """A newer server's task is not answered; the site's log says who has to update."""
-    newer = canonical_json(tiny_task).replace('"contract_version":1', '"contract_version":2')
     task = to_wire(tiny_task)
-    task["json"] = newer
+    task["json"] = canonical_json(tiny_task).replace('"contract_version":1', '"contract_version":2')
     refusal(ask(MessageType.QUERY, tiny_task, 0, task=task), "version")
     assert "Update the older side" in caplog.text
 
 
 def test_a_task_for_other_data_is_refused(world, tiny_task, caplog) -> None:
     """Channels and labels of the site's own dataset.yaml decide."""
-    from dataclasses import replace
-
     other = replace(tiny_task, dataset=replace(tiny_task.dataset, channels=("ultrasound",)))
     refusal(ask(MessageType.QUERY, other), "ultrasound")
     assert "its data has the channels ['scan'], the run asks for ['ultrasound']" in caplog.text

@@ -125,7 +125,9 @@ def test_a_record_that_is_not_one_json_text_is_refused() -> None:
 @pytest.mark.parametrize("version", [0, CONTRACT_VERSION + 1])
 def test_another_contract_version_is_named(tiny_task, version) -> None:
     """Both versions, the consequence and the remedy."""
-    with pytest.raises(ContractError, match=rf"contract version {version} meets {CONTRACT_VERSION} here.*Update the older"):
+    with pytest.raises(
+        ContractError, match=rf"contract version {version} meets {CONTRACT_VERSION} here.*Update the older"
+    ):
         over_the_wire(tiny_task, changed(tiny_task, contract_version=version))
 
 
@@ -151,7 +153,13 @@ def test_a_task_asks_for_nothing_but_its_fields(tiny_task) -> None:
         "site", "run", "round", "model_hash", "patients", "dice", "dice_by_target", "hd95_mm", "hd95_undefined",
         "seconds",
     ]  # fmt: skip
-    assert [f.name for f in fields(Presence)] == ["site", "train_patients", "test_patients", "faults", "contract_version"]
+    assert [f.name for f in fields(Presence)] == [
+        "site",
+        "train_patients",
+        "test_patients",
+        "faults",
+        "contract_version",
+    ]
 
 
 SHAPES = st.lists(st.integers(1, 4), max_size=4).map(tuple)

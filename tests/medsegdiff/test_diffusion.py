@@ -67,7 +67,7 @@ def test_signal_falls_strictly_inside_0_and_1(schedule: Schedule, timesteps: int
     """Any number of timesteps gives a table of falling numbers in (0, 1)."""
     table = alpha_bars(schedule, timesteps)
     assert len(table) == timesteps
-    assert 0 < float(table[-1])
+    assert float(table[-1]) > 0
     assert float(table[0]) < 1
     assert bool((table[1:] < table[:-1]).all())
 
@@ -89,7 +89,9 @@ def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
     scale=st.floats(0.1, 3),
     seed=st.integers(0, 1000),
 )
-def test_conversions_round_trip(prediction: Prediction, schedule: Schedule, t: list[int], scale: float, seed: int) -> None:
+def test_conversions_round_trip(
+    prediction: Prediction, schedule: Schedule, t: list[int], scale: float, seed: int
+) -> None:
     """The clean mask implied by the right answer at x_t is the clean mask, for every parametrisation."""
     diffusion = Diffusion(DiffusionConfig(schedule=schedule, prediction=prediction, mask_scale=scale))
     t_B = torch.tensor(t)

@@ -64,6 +64,7 @@ def test_forward_creates_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fusion_levels", FUSIONS)
+@torch.no_grad()
 def test_cached_image_features_give_the_same_answer(fusion_levels: tuple[int, ...]) -> None:
     """`denoise` on `image_features` equals `forward`, and the features know nothing of mask or time."""
     config = replace(SMALL, fusion_levels=fusion_levels)
@@ -162,6 +163,7 @@ def test_eval_is_deterministic_and_dropout_is_not() -> None:
     assert torch.equal(net(*inputs()), net(*inputs()))
 
 
+@torch.no_grad()
 def test_time_image_and_mask_all_matter() -> None:
     """The answer moves with each of its three inputs."""
     net = network().eval()

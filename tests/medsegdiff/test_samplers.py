@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -110,7 +111,8 @@ def uneven_grid(pairs: int) -> list[float]:
 def two_m(grid: Sequence[float], x: float, weight: Callable[[float], float]) -> float:
     """DPM-Solver++(2M) for one number, in plain Python; `weight(r)` of the difference is 1 / (2 r) in the paper."""
     before: float | None = None
-    for here, there in zip(grid[:-1], grid[1:], strict=True):
+    last = math.nan
+    for here, there in pairwise(grid):
         step = there - here
         clean = float(gaussian_mean(torch.tensor(x, dtype=torch.float64), float(expit(2 * here))))
         direction = clean

@@ -70,12 +70,14 @@ def test_every_patient_is_in_exactly_one_site(problem, random) -> None:
 
 @given(st.integers(0, 500), st.lists(st.floats(0, 1), min_size=1, max_size=30).filter(lambda parts: sum(parts) > 0))
 def test_shares_are_whole_and_within_one_of_their_proportion(count, parts) -> None:
-    """Largest remainders: the shares sum to the count and none is off by a patient or more."""
+    """The shares sum to the count, none is off by a patient or more, and the largest remainders are rounded up."""
     proportions = np.array(parts) / np.sum(parts)
     shares = _share_out(count, proportions)
     assert shares.sum() == count
     assert shares.min() >= 0
-    assert np.abs(shares - count * proportions).max() < 1 + 1e-9
+    excess = shares - count * proportions
+    assert np.abs(excess).max() < 1 + 1e-9
+    assert excess.max() - excess.min() < 1 + 1e-9
 
 
 @pytest.mark.parametrize("by", ARTIFICIAL)

@@ -1,0 +1,116 @@
+"""Fixed-point averaging against exact fractions; the same bits in any order; an overflow refused whole."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from server.aggregation import SCALE_BITS, AggregationOverflow, FixedPointSum, apply_update
+
+WEIGHTS = st.floats(-1e4, 1e4, width=32)
+UPDATES = st.lists(st.tuples(st.lists(WEIGHTS, min_size=3, max_size=3), st.integers(1, 500)), min_size=1, max_size=6)
+
+
+def fold(updates: list[tuple[list[float], int]]) -> FixedPointSum:
+    total = FixedPointSum({"w": (3,)})
+    for values, n in updates:
+        total.add({"w": torch.tensor(values)}, n)
+    return total
+
+
+def bits(tensor: Tensor) -> list[int]:
+    return tensor.view(torch.int32).tolist()
+
+
+@settings(max_examples=200, deadline=None)
+@given(updates=UPDATES)
+@example(updates=[([1e4, -1e4, 1e-12], 500)] * 6)
+def test_the_mean_is_exact_within_the_stated_bound(updates) -> None:
+    """|mean - exact| <= sites * 2**-(SCALE_BITS + 1) / n, plus one rounding to float32, against exact fractions."""
+    mean = fold(updates).mean()["w"].tolist()
+    n = sum(weight for _, weight in updates)
+    bound = Fraction(len(updates), n * 2 ** (SCALE_BITS + 1))
+    for index, found in enumerate(mean):
+        exact = sum((Fraction(values[index]) * weight for values, weight in updates), Fraction(0)) / n
+        # 2**-24 relative: rounding to float32; 2**-52: the division in float64; 2**-149: the least denormal
+        slack = abs(exact) * (Fraction(1, 2**24) + Fraction(1, 2**51)) + Fraction(1, 2**149)
+        assert abs(Fraction(found) - exact) <= bound * 2 + slack
+
+
+@settings(max_examples=100, deadline=None)
+@given(updates=UPDATES, data=st.data())
+def test_the_order_of_arrival_changes_no_bit(updates, data) -> None:
+    """Any permutation of the same updates gives the same float32 bits."""
+    shuffled = data.draw(st.permutations(updates))
+    assert bits(fold(updates).mean()["w"]) == bits(fold(shuffled).mean()["w"])
+
+
+def test_a_float32_sum_would_depend_on_the_order() -> None:
+    """The wrong variant: adding n x delta in float32 gives different models for different orders; ours gives one."""
+    generator = torch.Generator().manual_seed(0)
+    updates = [(torch.randn(64, generator=generator) * 10**k, 3 + k) for k in range(-2, 3)]
+
+    def in_float32(order: tuple[tuple[Tensor, int], ...]) -> Tensor:
+        total = torch.zeros(64)
+        for delta, n in order:
+            total += n * delta
+        return total / sum(n for _, n in order)
+
+    def in_fixed_point(order: tuple[tuple[Tensor, int], ...]) -> Tensor:
+        total = FixedPointSum({"w": (64,)})
+        for delta, n in order:
+            total.add({"w": delta}, n)
+        return total.mean()["w"]
+
+    orders = list(itertools.permutations(updates))
+    assert len({tuple(bits(in_float32(order))) for order in orders}) > 1
+    assert len({tuple(bits(in_fixed_point(order))) for order in orders}) == 1
+
+
+@pytest.mark.parametrize("bad", [2.0**26, -(2.0**26), 1e30, float("inf"), float("nan")])
+def test_an_overflow_is_refused_whole(bad) -> None:
+    """The array before the one that does not fit is not added either: the sum is as it was."""
+    total = FixedPointSum({"a": (2,), "b": (2,)})
+    total.add({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, 2)
+    before = {name: bits(value) for name, value in total.mean().items()}
+    with pytest.raises(AggregationOverflow, match="weight 5 times the change of 'b'"):
+        total.add({"a": torch.ones(2), "b": torch.tensor([0.0, bad])}, 5)
+    assert total.total == 2
+    assert {name: bits(value) for name, value in total.mean().items()} == before
+
+
+def test_a_sum_that_would_wrap_is_refused() -> None:
+    """Two updates that fit alone, together beyond the range: the second is refused, nothing wraps to the other sign."""
+    total = FixedPointSum({"w": (1,)})
+    half = 2.0**25 * 0.75
+    total.add({"w": torch.tensor([half])}, 1)
+    with pytest.raises(AggregationOverflow):
+        total.add({"w": torch.tensor([half * 2])}, 1)
+    assert total.mean()["w"].item() == half
+    total.add({"w": torch.tensor([-half])}, 1)
+    assert total.mean()["w"].item() == 0.0
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_a_weight_below_one_is_refused(n) -> None:
+    """A site without patients has no say, and none has a negative one."""
+    total = FixedPointSum({"w": (1,)})
+    with pytest.raises(AggregationOverflow, match=f"weight {n} is below 1"):
+        total.add({"w": torch.ones(1)}, n)
+    with pytest.raises(ValueError, match="no update was added"):
+        total.mean()
+
+
+def test_the_next_model_is_weights_plus_mean() -> None:
+    """Float32 in, float32 out; the given weights stay as they were."""
+    weights = {"w": torch.tensor([1.0, -2.0])}
+    moved = apply_update(weights, {"w": torch.tensor([0.5, 0.25])})
+    assert moved["w"].tolist() == [1.5, -1.75]
+    assert moved["w"].dtype == torch.float32
+    assert weights["w"].tolist() == [1.0, -2.0]

@@ -1,0 +1,108 @@
+"""Checkpoints: three are kept, and no damaged or foreign one is ever used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from medsegdiff.errors import UserError
+from medsegdiff.weights import hash_weights
+from server.checkpoints import KEPT, Checkpoint, CheckpointStore
+
+RUN = "run-1"
+
+
+def checkpoint(number: int) -> Checkpoint:
+    weights = {"w": torch.full((2, 3), float(number)), "b": torch.arange(3.0)}
+    record = {"round": number, "model_hash": hash_weights(weights), "accepted": {"alder": {"loss": 0.25}}}
+    return Checkpoint(RUN, number, weights, record)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    for number in range(5):
+        store.save(checkpoint(number))
+    return store
+
+
+def newest(store: CheckpointStore) -> Path:
+    return max(store.folder.glob("*.safetensors"))
+
+
+def test_the_newest_is_read_back(store) -> None:
+    """Weights bit for bit, round and record."""
+    found = store.latest(RUN)
+    assert (found.run, found.round, found.record) == (RUN, 4, checkpoint(4).record)
+    assert hash_weights(found.weights) == hash_weights(checkpoint(4).weights)
+
+
+def test_three_are_kept(store) -> None:
+    """The last three rounds, nothing else in the folder."""
+    assert KEPT == 3
+    assert sorted(p.name for p in store.folder.iterdir()) == [f"round-{n:06d}.safetensors" for n in (2, 3, 4)]
+
+
+def test_an_empty_folder_has_none(tmp_path) -> None:
+    """A run that has not begun is no error."""
+    assert CheckpointStore(tmp_path / "nowhere").latest(RUN) is None
+
+
+def test_any_flipped_bit_sends_back_to_the_round_before(store, caplog) -> None:
+    """A bit in each byte of the newest file, header and weights: the round before is used, or nothing has changed."""
+    path = newest(store)
+    whole = path.read_bytes()
+    for position in range(0, len(whole)):
+        spoiled = bytearray(whole)
+        spoiled[position] ^= 1 << (position % 8)
+        path.write_bytes(spoiled)
+        found = store.latest(RUN)
+        assert (found.round, found.record) in ((3, checkpoint(3).record), (4, checkpoint(4).record)), position
+        assert hash_weights(found.weights) == hash_weights(checkpoint(found.round).weights)
+        if position >= len(whole) - 36:  # the weights themselves
+            assert found.round == 3, position
+    assert "The round before it is used." in caplog.text
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
+def test_a_torn_file_sends_back_to_the_round_before(store, keep) -> None:
+    """Cut at the start, inside the header, inside the weights."""
+    path = newest(store)
+    path.write_bytes(path.read_bytes()[:keep])
+    assert store.latest(RUN).round == 3
+
+
+def test_a_file_under_another_rounds_name_is_not_that_round(store) -> None:
+    """Copying round 3 over round 4 does not make it round 4."""
+    newest(store).write_bytes((store.folder / "round-000003.safetensors").read_bytes())
+    assert store.latest(RUN).round == 3
+
+
+def test_none_good_is_an_error(store) -> None:
+    """All torn: the run says so instead of starting at round 0 again."""
+    for path in store.folder.glob("*.safetensors"):
+        path.write_bytes(b"torn")
+    with pytest.raises(UserError, match="none of its 3 checkpoints can be used"):
+        store.latest(RUN)
+
+
+def test_another_runs_checkpoints_are_not_used(store) -> None:
+    """A changed plan has another run id."""
+    with pytest.raises(UserError, match="none of its 3 checkpoints can be used"):
+        store.latest("run-2")
+
+
+def test_a_full_disk_keeps_the_rounds_there_are(store, monkeypatch) -> None:
+    """The commit fails in one line; the last round is still the newest."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", refuse)
+        with pytest.raises(UserError, match=r"could not be written .No space left"):
+            store.save(checkpoint(5))
+    assert store.latest(RUN).round == 4
+    assert len(list(store.folder.iterdir())) == 3

@@ -1,0 +1,90 @@
+"""Run requests and plans: out of range is refused before anything is read, and the run id names the run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from medsegdiff.errors import UserError
+from medsegdiff.strict import dump_yaml, parse_config, read_config
+from server.config import ModelChoice, RunPlan, RunRequest, StrategyConfig, make_plan
+
+REQUEST = {"rounds": 2, "local_steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 0}, "rounds must lie in 1..100000, found 0"),
+        ({"local_steps": 0}, "local_steps must lie in"),
+        ({"threads": 0}, "threads must lie in"),
+        ({"evaluate_every": 0}, "evaluate_every must be at least 1, found 0"),
+        ({"quorum": 0}, "quorum must be at least 1, found 0"),
+        ({"deadline_seconds": 0}, "deadline_seconds must be positive"),
+        ({"deadline_seconds": float("nan")}, "deadline_seconds must be positive"),
+        ({"model": {"preset": "huge"}}, "model: preset 'huge' is unknown; choose one of tiny, S, B, L"),
+        ({"model": {"image_size": 30}}, "model: preset tiny: image_size 30 is not divisible by 4"),
+        ({"model": {"base_chanels": 8}}, "model.base_chanels: unknown key; did you mean 'base_channels'"),
+        ({"strategy": {"name": "fedprox"}}, "strategy: proximal_mu is 0.0 with fedprox"),
+        ({"strategy": {"name": "fedavg", "proximal_mu": 0.1}}, "fedavg needs 0"),
+        ({"strategy": {"name": "fedsgd"}}, "strategy.name"),
+        ({"rounds": "many"}, "rounds"),
+        ({"training": {"learning_rate": -1}}, "training: learning_rate must lie in"),
+    ],
+)
+def test_a_bad_request_names_source_and_key(changes, message) -> None:
+    """Each fault is one UserError that begins with the file."""
+    with pytest.raises(UserError) as caught:
+        parse_config(REQUEST | changes, RunRequest, "recipe.yaml")
+    assert str(caught.value).startswith("recipe.yaml: ")
+    assert message in str(caught.value)
+
+
+def test_a_model_takes_channels_from_the_data(tiny_task) -> None:
+    """A preset with changes, one image channel and one mask channel for the phantoms."""
+    model = ModelChoice(image_size=16, base_channels=8, channel_multipliers=(1, 2), attention_levels=(1,))
+    assert model.resolve(tiny_task.dataset) == tiny_task.model
+
+
+def plan_of(task, **changes) -> RunPlan:
+    return replace(RunPlan("tiny", "tiny", StrategyConfig(), {"a": 3, "b": 2}, task), **changes)
+
+
+def test_a_plan_survives_its_file(tmp_path, tiny_task) -> None:
+    """run.yaml gives back the same plan and the same run id."""
+    plan = plan_of(tiny_task, quorum=1)
+    (tmp_path / "run.yaml").write_text(dump_yaml(plan))
+    read = read_config(tmp_path / "run.yaml", RunPlan)
+    assert read == plan
+    assert read.run_id == plan.run_id
+
+
+def test_the_run_id_is_the_runs_alone(tiny_task) -> None:
+    """The engine does not change it; seed, roster, quorum or data do."""
+    plan = plan_of(tiny_task)
+    assert plan.run_id == plan_of(tiny_task, engine="ray").run_id
+    others = [
+        plan_of(replace(tiny_task, seed=6)),
+        plan_of(tiny_task, roster={"a": 3, "b": 3}),
+        plan_of(tiny_task, quorum=1),
+        plan_of(replace(tiny_task, local_steps=3)),
+        plan_of(tiny_task, name="other"),
+    ]
+    assert len({plan.run_id, *(other.run_id for other in others)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("roster", "quorum", "message"), [({}, None, "at least one site"), ({"a": 1}, 2, "quorum must lie in 1..1")]
+)
+def test_a_plan_that_cannot_be_met_is_refused(tiny_task, roster, quorum, message) -> None:
+    """make_plan names where the request came from."""
+    request = parse_config(REQUEST | {"quorum": quorum}, RunRequest, "r")
+    with pytest.raises(UserError, match=f"^recipe.yaml: run: .*{message}"):
+        make_plan(request, "tiny", 0, tiny_task.dataset, roster, "inline", "recipe.yaml")
+
+
+def test_the_quorum_is_all_unless_said(tiny_task) -> None:
+    """None means every site of the roster."""
+    assert plan_of(tiny_task).required == 2
+    assert plan_of(tiny_task, quorum=1).required == 1

@@ -1,0 +1,174 @@
+"""Whatever a site replies, the server answers with an update it may fold or with a reason, never with an exception."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.contract import RAW, Scores, Update, arrays_to_wire, to_wire
+from medsegdiff.strict import plain
+from server.screening import Accepted, Expected, Rejection, screen_scores, screen_update
+
+HASH = "a" * 64
+EXPECTED = Expected("alder", "run-1", 2, HASH, 5, 10, {"w": (2, 3), "b": (3,)}, ("lesion",))
+UPDATE = Update("alder", "run-1", 2, HASH, 8, 5, 0.5, 1.0)
+SCORES = Scores("alder", "run-1", 2, HASH, 2, 0.5, {"lesion": 0.5}, None, 2, 0.1)
+DELTA = {"w": torch.ones(2, 3), "b": torch.zeros(3)}
+
+
+def reply(content: RecordDict | Error) -> Message:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    question = Message(RecordDict(), 1000, "train")
+    question.metadata.__dict__["_message_id"] = "m-1"
+    return Message(content, reply_to=question)
+
+
+def update_reply(delta: object = None, records: dict[str, Any] | None = None, **changes: Any) -> Message:
+    text = json.dumps(plain(UPDATE) | changes)
+    arrays = arrays_to_wire(DELTA) if delta is None else delta
+    return reply(RecordDict({"update": ConfigRecord({"json": text}), "delta": arrays} | (records or {})))
+
+
+def changed_arrays(**changes: Array | None) -> ArrayRecord:
+    arrays = dict(arrays_to_wire(DELTA)) | changes
+    return ArrayRecord({name: value for name, value in arrays.items() if value is not None})
+
+
+def raw(shape: tuple[int, ...], data: bytes, dtype: str = "float32") -> Array:
+    return Array(dtype, shape, RAW, data)
+
+
+def test_a_good_update_is_accepted() -> None:
+    """Its fields, its delta and its size in bytes."""
+    outcome = screen_update(update_reply(), EXPECTED)
+    assert isinstance(outcome, Accepted)
+    assert (outcome.update, outcome.bytes) == (UPDATE, 36)
+    assert torch.equal(outcome.delta["w"], DELTA["w"])
+
+
+def test_the_whole_enrolment_may_be_claimed() -> None:
+    """The bound itself is inside: 1 and all enrolled patients."""
+    assert all(isinstance(screen_update(update_reply(patients=n), EXPECTED), Accepted) for n in (1, 10))
+
+
+NAN = np.array([0, math.nan, 0], "<f4").tobytes()
+
+BAD_UPDATES = {
+    "another site's name": (update_reply(site="birch"), "for site 'birch', not 'alder'"),
+    "another run": (update_reply(run="run-2"), "for run 'run-2', not 'run-1'"),
+    "an old round": (update_reply(round=1), "for round '1', not '2'"),
+    "another base model": (update_reply(base_hash="b" * 64), "for base model 'bbbb"),
+    "more patients than enrolled": (update_reply(patients=11), "claims 11 training patients, 10 are enrolled"),
+    "no patients": (update_reply(patients=0), "claims 0 training patients"),
+    "negative patients": (update_reply(patients=-3), "claims -3 training patients"),
+    "fewer steps": (update_reply(steps=4), "took 4 steps, 5 were asked for"),
+    "a loss that is no number": (update_reply(loss=math.nan), "loss"),
+    "a loss that would overflow a sum": (update_reply(loss=1e308), "loss must lie in 0..1e9"),
+    "an extra field": (update_reply(names="x"), "update.names"),
+    "an extra record": (update_reply(records={"more": ConfigRecord({"a": 1})}), "holds the records ['delta', 'more'"),
+    "a delta that is no array record": (update_reply(MetricRecord({"w": 1.0})), "'delta' is not a set of arrays"),
+    "a missing array": (update_reply(changed_arrays(b=None)), "'b' is missing"),
+    "an extra array": (update_reply(changed_arrays(x=raw((1,), bytes(4)))), "'x' is not known"),
+    "another shape": (update_reply(changed_arrays(b=raw((1, 3), bytes(12)))), "'b' has shape (1, 3)"),
+    "too few bytes": (update_reply(changed_arrays(b=raw((3,), bytes(8)))), "8 bytes, 12 are due"),
+    "another type": (update_reply(changed_arrays(b=raw((3,), bytes(24), "float64"))), "float64/"),
+    "a value that is not finite": (update_reply(changed_arrays(b=raw((3,), NAN))), "1 values that are not finite"),
+    "an error": (reply(Error(100, "the site could not answer")), "a fault (code 100): the site could not answer"),
+    "scores instead": (reply(RecordDict({"scores": to_wire(SCORES)})), "holds the records ['scores']"),
+    "nothing": (reply(RecordDict()), "holds the records []"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_UPDATES)
+def test_a_bad_update_is_rejected_by_name_with_its_reason(kind) -> None:
+    """Each kind of fault, on an otherwise good reply."""
+    message, reason = BAD_UPDATES[kind]
+    outcome = screen_update(message, EXPECTED)
+    assert isinstance(outcome, Rejection)
+    assert outcome.site == "alder"
+    assert reason in outcome.reason
+
+
+def score_reply(**changes: Any) -> Message:
+    return reply(RecordDict({"scores": ConfigRecord({"json": json.dumps(plain(SCORES) | changes)})}))
+
+
+def test_good_scores_are_accepted() -> None:
+    """With held-out patients, and without any."""
+    assert screen_scores(score_reply(), EXPECTED) == SCORES
+    assert isinstance(screen_scores(score_reply(patients=0, dice=None, dice_by_target={}), EXPECTED), Scores)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"site": "birch"}, "for site 'birch'"),
+        ({"run": "x"}, "for run 'x'"),
+        ({"round": 3}, "for round '3'"),
+        ({"model_hash": "b"}, "for base model 'b'"),
+        ({"dice": 1.5}, "Dice is at most 1"),
+        ({"dice": math.nan}, "scores must lie in"),
+        ({"hd95_mm": 1e300}, "scores must lie in"),
+        ({"dice_by_target": {"lesion": 0.5, "<b>": 0.5}}, "it scores ['<b>', 'lesion'], not ['lesion']"),
+        ({"dice_by_target": {}}, "it scores []"),
+        ({"dice": None}, "it reports the Dice None of 2 patients"),
+        ({"patients": -2}, "counts must not be negative"),
+    ],
+)
+def test_bad_scores_are_rejected(changes, reason) -> None:
+    """A foreign target or a figure that no report could hold must not end a run at its very end."""
+    outcome = screen_scores(score_reply(**changes), EXPECTED)
+    assert isinstance(outcome, Rejection)
+    assert reason in outcome.reason
+
+
+def test_a_reason_is_one_short_printable_line() -> None:
+    """A hostile reply writes neither a page into the log nor commands to the terminal that shows it."""
+    outcome = screen_update(reply(Error(1, "x\n\x1b[2J\x9b31m" + "y" * 5000)), EXPECTED)
+    assert isinstance(outcome, Rejection)
+    assert outcome.reason.isprintable()
+    assert len(outcome.reason) <= 300
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = sorted(plain(UPDATE) | plain(SCORES))
+TEXTS = (
+    st.text(max_size=20)
+    | JSON.map(json.dumps)
+    | st.dictionaries(st.sampled_from(FIELDS), JSON).map(lambda d: json.dumps(plain(UPDATE) | d))
+)
+ARRAYS = st.builds(
+    Array,
+    dtype=st.sampled_from(["float32", "float64", "object", "", "<f4"]),
+    shape=st.lists(st.integers(0, 2**62), max_size=4).map(tuple),
+    stype=st.sampled_from([RAW, "numpy.ndarray", ""]),
+    data=st.binary(max_size=30),
+)
+RECORDS = (
+    st.dictionaries(st.sampled_from(["json", "more"]), TEXTS | st.integers(0, 9), max_size=2).map(ConfigRecord)
+    | st.dictionaries(st.sampled_from(["w", "b", "x"]), ARRAYS, max_size=3).map(ArrayRecord)
+    | st.dictionaries(st.text(max_size=3), st.floats(), max_size=2).map(MetricRecord)
+)
+CONTENTS = st.dictionaries(st.sampled_from(["update", "delta", "scores", "x"]), RECORDS, max_size=3).map(RecordDict)
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=CONTENTS | st.builds(Error, st.integers(0, 999), st.text(max_size=20)))
+def test_no_garbage_raises(content) -> None:
+    """Any combination of records, texts and arrays ends in a verdict; random bytes are never an update."""
+    message = reply(content)
+    assert isinstance(screen_update(message, EXPECTED), Rejection)
+    assert isinstance(screen_scores(message, EXPECTED), (Rejection, Scores))

@@ -1,0 +1,221 @@
+"""Rounds over the in-process engine: the arithmetic, who is left out, what is kept, how a run goes on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from fake_sites import FakeSites, delta_of, on, put, run, say
+from flwr.app import Error, Message, MessageType, RecordDict
+from torch import Tensor
+
+from client.contract import arrays_to_wire
+from medsegdiff.errors import UserError
+from medsegdiff.strict import read_config
+from medsegdiff.weights import hash_weights, initial_weights, load_model
+from server.checkpoints import CheckpointStore
+from server.config import RunPlan
+from server.journal import Journal
+from server.strategy import FederatedAveraging
+
+ALL = {"alder": 3, "birch": 2, "elm": 1}
+
+
+def final(folder: Path) -> dict[str, Tensor]:
+    return dict(load_model(folder / "model.safetensors").network.state_dict())
+
+
+def plan_of(folder: Path) -> RunPlan:
+    return read_config(folder / "run.yaml", RunPlan)
+
+
+def by_hand(plan: RunPlan, rounds: list[dict[str, int]]) -> dict[str, Tensor]:
+    """FedAvg in float64, the weights rounded to float32 once a round."""
+    weights = initial_weights(plan.task.model, plan.task.seed)
+    for number, roster in enumerate(rounds, start=1):
+        deltas = {site: delta_of(site, number, plan.task) for site in roster}
+        for name, value in weights.items():
+            mean = sum(n * deltas[site][name].double() for site, n in roster.items()) / sum(roster.values())
+            weights[name] = (value.double() + mean).float()
+    return weights
+
+
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=3e-7, atol=3e-8)
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    return [event for event in Journal(folder / "journal.jsonl").events if event["event"] == kind]
+
+
+def test_rounds_equal_federated_averaging_by_hand(make_run) -> None:
+    """Two rounds, three sites of 3, 2 and 1 patients; every round scored; checkpoints 0, 1 and 2."""
+    folder = make_run()
+    sites = run(folder)
+    assert_close(final(folder), by_hand(plan_of(folder), [ALL, ALL]))
+    assert [event["round"] for event in events(folder, "round")] == [0, 1, 2]
+    assert [event["round"] for event in events(folder, "scores")] == [1, 2]
+    assert len(list((folder / "checkpoints").iterdir())) == 3
+    assert [kind for _, kind in sites.asked].count(MessageType.QUERY) == 3
+
+
+def test_the_order_of_the_sites_changes_no_bit(make_run) -> None:
+    """The same sites on other nodes give the same model file."""
+    first, second = make_run("first"), make_run("second")
+    run(first)
+    run(second, names=["elm", "alder", "birch"])
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+BAD = {
+    "an error": (lambda content: Error(100, "no"), "a fault (code 100): no"),
+    "another round": (say(round=7), "for round '7'"),
+    "too many patients": (say(patients=3), "claims 3 training patients, 2 are enrolled"),
+    "NaN": (put(math.nan), "not finite"),
+    "an extra array": (put(0.0, "x"), "'x' is not known"),
+    "an overflow": (put(3e38), "exceeds the fixed-point range"),
+    "an endless loss": (say(loss=1e308), "loss must lie in"),
+    "nothing": (lambda content: RecordDict(), "holds the records []"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_site_is_left_out_by_name_and_the_others_go_on(make_run, kind) -> None:
+    """The model is FedAvg over the other two sites; journal and record name the site and the reason."""
+    change, reason = BAD[kind]
+    folder = make_run(quorum=2, task={"rounds": 1})
+    run(folder, {"birch": on(MessageType.TRAIN, change)})
+    assert_close(final(folder), by_hand(plan_of(folder), [{"alder": 3, "elm": 1}]))
+    rejected = events(folder, "rejected")
+    assert [(event["round"], event["site"]) for event in rejected] == [(1, "birch")]
+    assert reason in rejected[0]["reason"]
+    assert events(folder, "round")[-1]["rejected"] == {"birch": rejected[0]["reason"]}
+
+
+def test_a_site_that_raises_is_left_out(make_run) -> None:
+    """An exception inside a site is the site's alone."""
+
+    def crash(question: Message, good: Message) -> Message:
+        if question.metadata.message_type == MessageType.TRAIN:
+            raise MemoryError("secret path")
+        return good
+
+    folder = make_run(quorum=2, task={"rounds": 1})
+    run(folder, {"elm": crash})
+    assert events(folder, "rejected")[0]["reason"] == "the site reported a fault (code 101): MemoryError"
+    assert_close(final(folder), by_hand(plan_of(folder), [{"alder": 3, "birch": 2}]))
+
+
+def test_below_the_quorum_the_last_round_is_kept_and_the_run_goes_on_later(make_run) -> None:
+    """Round 2 fails with a line that names site, reason and remedy; mended, the run ends as if nothing had been."""
+    folder, whole = make_run(), make_run("whole")
+    run(whole)
+    broken = on(MessageType.TRAIN, lambda content: Error(100, "no"))
+
+    def only_in_round_two(question: Message, good: Message) -> Message:
+        return broken(question, good) if question.metadata.group_id == "2" else good
+
+    with pytest.raises(UserError) as caught:
+        run(folder, {"birch": only_in_round_two})
+    assert "round 2: 2 of 3 sites gave a usable update, the quorum is 3: birch was rejected" in str(caught.value)
+    assert "Rounds up to 1 are kept" in str(caught.value)
+    assert "--resume" in str(caught.value)
+    assert not (folder / "model.safetensors").exists()
+    assert CheckpointStore(folder / "checkpoints").latest(plan_of(folder).run_id).round == 1
+    sites = run(folder)
+    assert [kind for _, kind in sites.asked].count(MessageType.TRAIN) == 3
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_site_that_does_not_introduce_itself_is_absent(make_run) -> None:
+    """Refused at the door: the others go on, the round's record names it; with a quorum of all it is an error."""
+    refuse = {"elm": on(MessageType.QUERY, lambda content: Error(100, "no"))}
+    folder = make_run(quorum=2, task={"rounds": 1})
+    run(folder, refuse)
+    assert events(folder, "round")[-1]["absent"] == ["elm"]
+    assert "code 100" in events(folder, "stranger")[0]["reason"]
+    with pytest.raises(UserError, match="elm did not introduce itself"):
+        run(make_run("strict"), refuse)
+
+
+def test_strangers_and_doubles_have_no_say(make_run) -> None:
+    """A name off the roster, and a name that is here already, are told and left out."""
+    folder = make_run(task={"rounds": 1})
+    plan = plan_of(folder)
+    names = [*plan.roster, "mallory", "alder"]
+    plan.roster["mallory"] = 1  # known to the fake sites, not to the plan on disk
+    sites = FakeSites(plan)
+    sites.names = names
+    from server.app import app
+    from simulations.inline import run_inline
+
+    run_inline(app, sites, len(names), folder)  # type: ignore[arg-type]
+    reasons = {event["reason"] for event in events(folder, "stranger")}
+    assert any("'mallory' is not on the roster" in reason for reason in reasons)
+    assert any("'alder' is here twice" in reason for reason in reasons)
+    assert_close(final(folder), by_hand(plan_of(folder), [ALL]))
+
+
+def test_a_second_reply_and_one_from_an_unknown_node_are_not_folded(make_run) -> None:
+    """The same update twice counts once; a node that was never asked counts not at all."""
+    folder = make_run(task={"rounds": 1})
+    plan = plan_of(folder)
+    strategy = FederatedAveraging(plan, CheckpointStore(folder / "checkpoints"), Journal(folder / "journal.jsonl"))
+    strategy._restore(arrays_to_wire(initial_weights(plan.task.model, plan.task.seed)))
+    strategy._sites = dict(zip((1000, 1001, 1002), plan.roster, strict=True))
+    from simulations.inline import InlineGrid
+
+    grid = InlineGrid(FakeSites(plan), 3)  # type: ignore[arg-type]
+    replies = list(grid.send_and_receive(strategy.configure_train(1, None, None, grid)))
+    stranger = next(iter(grid.send_and_receive(strategy.configure_train(1, None, None, grid))))
+    stranger.metadata.__dict__["_src_node_id"] = 4711
+    strategy.aggregate_train(1, [*replies, replies[0], stranger, replies[2]])
+    assert_close(strategy.weights, by_hand(plan, [ALL]))
+    assert len(events(folder, "stranger")) == 3
+
+
+def test_hostile_scores_do_not_end_the_run(make_run) -> None:
+    """Scores of a target that does not exist are left out by name; the others' are kept."""
+
+    def change(content: RecordDict) -> RecordDict:
+        record = content.config_records["scores"]
+        record["json"] = str(record["json"]).replace("lesion", "<script>")
+        return content
+
+    folder = make_run(task={"rounds": 1})
+    run(folder, {"alder": on(MessageType.EVALUATE, change)})
+    assert set(events(folder, "scores")[-1]["sites"]) == {"birch", "elm"}
+    assert "<script>" in events(folder, "rejected")[0]["reason"]
+
+
+@pytest.mark.parametrize(("every", "scored"), [(1, [1, 2, 3]), (2, [2, 3]), (9, [3])])
+def test_how_often_the_model_is_scored(make_run, every, scored) -> None:
+    """Every so many rounds, and always after the last."""
+    folder = make_run(evaluate_every=every, task={"rounds": 3})
+    run(folder)
+    assert [event["round"] for event in events(folder, "scores")] == scored
+
+
+@pytest.mark.parametrize("damage", ["journal", "checkpoint", "model"])
+def test_a_run_goes_on_after_damage(make_run, damage) -> None:
+    """A torn journal line, a torn newest checkpoint, a lost model: the run ends with the same bytes."""
+    folder = make_run()
+    run(folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    if damage == "journal":
+        journal = folder / "journal.jsonl"
+        lines = journal.read_bytes().split(b"\n")
+        journal.write_bytes(b"\n".join(lines[:3]) + b"\n" + lines[3][:20])  # the last round was never told
+    if damage == "checkpoint":
+        newest = max((folder / "checkpoints").iterdir())
+        newest.write_bytes(newest.read_bytes()[:-1])
+    sites = run(folder)
+    assert (folder / "model.safetensors").read_bytes() == whole
+    assert [kind for _, kind in sites.asked].count(MessageType.TRAIN) == (3 if damage == "checkpoint" else 0)
+    assert {event["round"] for event in events(folder, "round")} == {0, 1, 2}
+    assert events(folder, "round")[-1]["model_hash"] == hash_weights(final(folder))
