@@ -1,7 +1,8 @@
 """The contract between a hospital and the server: all that a site may be asked, all that leaves it.
 
 A site's data officer can read this one file to know what crosses the wire. Every type here travels as JSON
-plus raw little-endian float32 arrays: no pickle, no header inside the array bytes that could declare more than there is.
+plus raw little-endian float32 arrays: no pickle, no header inside the array bytes that could declare more than there
+is.
 """
 
 from __future__ import annotations

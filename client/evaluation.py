@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from medsegdiff.evaluation import score_cases
 from torch import Tensor
 
 from client.contract import Assignment, Scores, TrainTask
 from client.site import Site
 from medsegdiff.devices import choose_device
+from medsegdiff.evaluation import score_cases
 from medsegdiff.metrics import PatientScore
 from medsegdiff.network import channels_last
 from medsegdiff.weights import build

@@ -30,13 +30,13 @@ def release_update(update: Update, delta: Mapping[str, Tensor], base: Mapping[st
     for name, value in delta.items():
         if value.shape != base[name].shape or value.dtype != torch.float32:
             raise UserError(
-                f"{update.site}: the update gate stopped array '{name}' ({tuple(value.shape)}, {value.dtype}); the model "
-                f"has {tuple(base[name].shape)}, torch.float32. Nothing was sent."
+                f"{update.site}: the update gate stopped array '{name}' ({tuple(value.shape)}, {value.dtype}); the "
+                f"model has {tuple(base[name].shape)}, torch.float32. Nothing was sent."
             )
         if not bool(torch.isfinite(value).all()):
             raise UserError(
-                f"{update.site}: the update gate stopped array '{name}': it holds values that are not finite. Nothing was "
-                "sent; lower the run's learning rate."
+                f"{update.site}: the update gate stopped array '{name}': it holds values that are not finite. Nothing "
+                "was sent; lower the run's learning rate."
             )
     return RecordDict({"update": to_wire(update), "delta": arrays_to_wire(delta)})
 

@@ -114,8 +114,8 @@ class Site:
         ):
             if mine != theirs:
                 raise UserError(
-                    f"{self.name}: its data has the {what} {mine}, the run asks for {theirs}; nothing was trained. Make "
-                    "dataset.yaml and the run agree."
+                    f"{self.name}: its data has the {what} {mine}, the run asks for {theirs}; nothing was trained. "
+                    "Make dataset.yaml and the run agree."
                 )
 
 

@@ -47,8 +47,8 @@ def evaluate_folder(
     ):
         if own != asked:
             raise UserError(
-                f"{folder}: its {what} are {list(own)}, the model was trained on {list(asked)}; nothing was scored. Choose "
-                "the dataset.yaml that fits with --dataset-config."
+                f"{folder}: its {what} are {list(own)}, the model was trained on {list(asked)}; nothing was scored. "
+                "Choose the dataset.yaml that fits with --dataset-config."
             )
     if split not in ("all", *SPLITS):
         raise UserError(f"--split {split}: choose all, {', '.join(SPLITS)}.")

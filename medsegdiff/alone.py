@@ -45,7 +45,7 @@ class TrainAlone(Strict):
 def training_cases(
     dataset: Dataset, image_size: int, cache: Path, test_fraction: float, seed: int
 ) -> tuple[list[PreparedCase], list[PreparedCase]]:
-    """The prepared cases of the training and of the held-out patients. Raises UserError when nobody is left to train on."""
+    """Prepared cases of the training and of the held-out patients. Raises UserError when nobody is left to train on."""
     prepared = prepare(dataset, image_size, cache)
     splits = split_patients([p.case for p in prepared.cases], test_fraction, 0.0, seed)
     train = [p for p in prepared.cases if splits[p.case.patient_id] == "train"]

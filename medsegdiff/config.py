@@ -5,6 +5,7 @@ Stdlib only, so that the training path imports nothing beyond torch, numpy and s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -46,7 +47,7 @@ class ModelConfig(Strict):
             _require(not outside, f"{name} holds {outside}, but levels run from 0 to {levels - 1}")
         _require(
             self.image_size % self.downsampling == 0,
-            f"image_size {self.image_size} is not divisible by {self.downsampling}, the downsampling of {levels} levels",
+            f"image_size {self.image_size} is not divisible by {self.downsampling}, the scale of {levels} levels",
         )
         _require(0.0 <= self.dropout < 1.0, f"dropout must lie in [0, 1), found {self.dropout}")
 
@@ -67,7 +68,7 @@ class DiffusionConfig(Strict):
 
     def __post_init__(self) -> None:
         _require(self.timesteps >= 2, f"timesteps must be at least 2, found {self.timesteps}")
-        _require(self.mask_scale > 0, f"mask_scale must be positive, found {self.mask_scale}")
+        _require(0 < self.mask_scale < math.inf, f"mask_scale must be positive and finite, found {self.mask_scale}")
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class TrainingConfig(Strict):
     def __post_init__(self) -> None:
         _require(1 <= self.batch_size <= 4096, f"batch_size must lie in 1..4096, found {self.batch_size}")
         _require(0 < self.learning_rate < 1, f"learning_rate must lie in (0, 1), found {self.learning_rate}")
-        _require(self.weight_decay >= 0, f"weight_decay must not be negative, found {self.weight_decay}")
+        _require(0 <= self.weight_decay < 1, f"weight_decay must lie in [0, 1), found {self.weight_decay}")
         _require(self.gradient_clip > 0, f"gradient_clip must be positive, found {self.gradient_clip}")
         for name in ("warmup_fraction", "final_rate", "foreground_fraction"):
             _require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], found {getattr(self, name)}")

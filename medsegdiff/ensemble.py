@@ -24,7 +24,8 @@ class Ensemble:
     """What a set of samples says of N images.
 
     mean: average sample, (N, K, H, W), in [-1, 1].
-    entropy: binary entropy of the members' votes per channel, (N, K, H, W), in [0, 1] bits; 0 where all agree.
+    entropy: binary entropy per channel, (N, K, H, W), in [0, 1] bits, of the members' votes (0 where all agree); of a
+        single member, of its own value read as a probability, (mean + 1) / 2.
     """
 
     mean: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class FFParser(nn.Module):
-    """A learnable filter in the Fourier domain: m' = irfft2(A * rfft2(m)), one complex factor per channel and frequency.
+    """A learnable filter in the Fourier domain: m' = irfft2(A * rfft2(m)), a complex factor per channel and frequency.
 
     The map A is a *real* float32 parameter of shape (C, H, F, 2), last axis (re, im): complex parameters break
     optimizers, aggregators and privacy noise. It starts as the identity (1, 0).
@@ -40,7 +40,7 @@ class FFParser(nn.Module):
         return narrowed
 
     def map_at(self, height: int, width: int) -> Tensor:
-        """The map for another size, (C, height, width // 2 + 1, 2): A read at the new size's frequencies, bilinearly."""
+        """The map for another size, (C, height, width // 2 + 1, 2): A read at its frequencies, bilinearly."""
         rows, columns = self.map.shape[1:3]
         if (height, width // 2 + 1) == (rows, columns):
             return self.map

@@ -8,6 +8,7 @@ Shape suffixes: B cases, C channels, H and W pixels, E features of the time embe
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -74,8 +75,7 @@ class Stage(nn.Module):
         super().__init__()
         widths = [channels_in] + [channels_out] * blocks
         self.blocks = nn.ModuleList(
-            ResidualBlock(before, after, time_features, dropout)
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
+            ResidualBlock(before, after, time_features, dropout) for before, after in itertools.pairwise(widths)
         )
         self.attention = Attention(channels_out) if attend else nn.Identity()
 
@@ -112,18 +112,18 @@ class MedSegDiff(nn.Module):
         )
         self.image_stem = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
         self.mask_stem = nn.Conv2d(config.mask_channels, widths[0], 3, padding=1)
-        # Attention stays off the image encoder: the fusion already lets it see the whole mask, and it is the cheap side.
+        # No attention in the image encoder: the fusion lets it see the whole mask already, and it is the cheap side.
         self.image_stages = nn.ModuleList(Stage(w, w, blocks, None, dropout, attend=False) for w in widths)
         self.mask_stages = nn.ModuleList(
             Stage(w, w, blocks, time_features, dropout, attend=on) for w, on in zip(widths, attend, strict=True)
         )
-        self.image_down = nn.ModuleList(_downsample(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
-        self.mask_down = nn.ModuleList(_downsample(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.image_down = nn.ModuleList(_downsample(a, b) for a, b in itertools.pairwise(widths))
+        self.mask_down = nn.ModuleList(_downsample(a, b) for a, b in itertools.pairwise(widths))
         self.fusions = nn.ModuleDict(
             {str(level): DynamicFusion(widths[level], sizes[level]) for level in sorted(set(config.fusion_levels))}
         )
         self.middle = Stage(widths[-1], widths[-1], 1, time_features, dropout, attend=False)
-        self.up = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.up = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in itertools.pairwise(widths))
         self.decoder_stages = nn.ModuleList(
             Stage(2 * w, w, blocks, time_features, dropout, attend=on) for w, on in zip(widths, attend, strict=True)
         )

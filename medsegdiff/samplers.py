@@ -49,7 +49,7 @@ def sample(
 def _ddim(
     predict_clean: PredictClean, x: Tensor, walk: Sequence[int], powers: Sequence[float], eta: float, draw: DrawNoise
 ) -> Tensor:
-    """DDIM (Song et al. 2021, eq. 12 and 16). eta = 1 on any walk is DDPM's posterior q(x_s | x_t, x_0) (Ho et al., eq. 6-7)."""
+    """DDIM (Song et al. 2021, eq. 12 and 16); eta = 1 is DDPM's posterior q(x_s | x_t, x_0) (Ho et al., eq. 6-7)."""
     for index, t in enumerate(walk):
         here, there = powers[index], powers[index + 1]
         clean = predict_clean(x, t)

@@ -6,7 +6,6 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +61,7 @@ def segment_scan(
 
 
 def label_values(segmenter: Segmenter) -> dict[str, int]:
-    """The value each target has in a written mask: its own label's where that is one number of 1..255, else 1, 2, ..."""
+    """The value of each target in a written mask: its own label's where that is one number of 1..255, else 1, 2, ..."""
     config, scheme = segmenter.card.dataset, segmenter.scheme
     own: dict[str, int] = {}
     for target, members in zip(scheme.targets, scheme.members, strict=True):

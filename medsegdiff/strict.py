@@ -90,6 +90,8 @@ def parse_config(data: Any, kind: type[T], source: str) -> T:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as error:
         faults = error.errors(include_url=False)
+        # A misspelt key shows up twice, as unknown and as missing: the unknown one tells what to mend.
+        faults.sort(key=lambda fault: fault["type"] not in _UNKNOWN_KEY)
         text = _explain(faults[0], kind)  # type: ignore[arg-type]
         more = f" ({len(faults) - 1} more after this one)" if len(faults) > 1 else ""
         raise UserError(f"{source}: {text}{more}") from None
@@ -100,7 +102,7 @@ def _explain(fault: dict[str, Any], kind: type) -> str:
     location = [part for part in fault["loc"] if not (isinstance(part, str) and part in _TAGS)]
     key = ".".join(str(part) for part in location) or "the whole file"
     value = fault.get("input")
-    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if fault["type"] in _UNKNOWN_KEY:
         known = _fields_at(kind, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}."
@@ -113,6 +115,7 @@ def _explain(fault: dict[str, Any], kind: type) -> str:
     return f"{key}: {message}; found {value!r}."
 
 
+_UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 _TAGS = {"dataclass", "list", "tuple", "dict", "str", "int", "float", "bool", "function-after", "none"}
 
 
@@ -152,7 +155,7 @@ def plain(config: Any) -> Any:
 
 
 def canonical_json(data: Any) -> str:
-    """JSON with sorted keys and no spaces: equal data gives equal text. For hashes, never to be read back. NaN is refused."""
+    """JSON with sorted keys and no spaces: equal data, equal text. For hashes, not to be read back; NaN is refused."""
     return json.dumps(plain(data), sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 
 

@@ -7,7 +7,8 @@ so a training that stops at any step and goes on from its saved weights and mome
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -110,11 +111,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         clean = masks * self.diffusion.config.mask_scale
         noisy = self.diffusion.add_noise(clean, noise, t_B)
-        answer = self.network(
-            noisy.contiguous(memory_format=torch.channels_last),
-            t_B,
-            images.contiguous(memory_format=torch.channels_last),
-        )
+        with self._dropout_stream(step, device):
+            answer = self.network(
+                noisy.contiguous(memory_format=torch.channels_last),
+                t_B,
+                images.contiguous(memory_format=torch.channels_last),
+            )
         loss = self.diffusion.loss(answer, clean, noise, t_B)
         loss.backward()
         self._add_proximal_gradient()
@@ -141,7 +143,7 @@ class Trainer:
                 # The fused kernel walks memory, not indices: moments must lie as their (channels-last) parameter does.
                 self.optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(value)
             else:
-                self.optimizer.state[parameter][key] = value.clone()
+                self.optimizer.state[parameter][key] = value.clone().to(parameter.device)
 
     def save(self, path: Path, done: int, **notes: str) -> None:
         """Write weights, moments and weight average after `done` steps, atomically, with notes of the caller's."""
@@ -162,6 +164,16 @@ class Trainer:
                 self.average.shadow[name].copy_(value)
             self.average.updates = int(metadata["updates"])
         return int(metadata["done"])
+
+    @contextmanager
+    def _dropout_stream(self, step: int, device: torch.device) -> Iterator[None]:
+        """Dropout draws from torch's global generator: seeded by the step inside, left as it was outside."""
+        if self.network.config.dropout == 0:
+            yield
+            return
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(self.seed, "dropout", step))
+            yield
 
     def _groups(self) -> list[dict[str, object]]:
         """Weight decay on kernels alone: it would pull FF-Parser maps from the identity and norms from 1."""

@@ -98,7 +98,7 @@ def load_model(path: Path) -> Segmenter:
         )
     try:
         described: Any = json.loads(metadata[METADATA_KEY])
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(
             f"{path}: its metadata is damaged ({error}). Take the file from the run folder again."
         ) from error
@@ -112,7 +112,24 @@ def load_model(path: Path) -> Segmenter:
         raise UserError(
             f"{path}: its weights do not fit the network its metadata states (first at '{odd}'). The file is damaged."
         )
+    _check_fit(path, card)
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise UserError(
+            f"{path}: {len(bad)} of its arrays hold values that are not finite (first '{bad[0]}'). The file is damaged."
+        )
     return build(card, tensors)
+
+
+def _check_fit(path: Path, card: ModelCard) -> None:
+    """The network must read the dataset's channels and answer in its targets' channels."""
+    stated = (card.model.image_channels, card.model.mask_channels)
+    due = (len(card.dataset.channels), LabelScheme.of(card.dataset).channels)
+    if stated != due:
+        raise UserError(
+            f"{path}: its network has {stated[0]} image and {stated[1]} mask channels, its dataset asks for {due[0]} "
+            f"and {due[1]}. The file was changed from outside; take it from the run folder again."
+        )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

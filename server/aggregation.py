@@ -44,7 +44,7 @@ class FixedPointSum:
         fixed = {}
         for name, total in self._sums.items():
             scaled = delta[name].to(torch.float64) * (n * 2.0**SCALE_BITS)
-            # The bound on the present sum is checked in float64, whose error at 2**62 (2**10) the margin to 2**63 covers.
+            # Checked in float64, whose error at 2**62 (2**10) the margin to 2**63 covers.
             if not bool(((scaled.abs() + total.to(torch.float64).abs()) < _LIMIT).all()):
                 raise AggregationOverflow(f"weight {n} times the change of '{name}' exceeds the fixed-point range")
             fixed[name] = scaled.round().to(torch.int64)

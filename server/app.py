@@ -30,7 +30,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_federation(grid: Grid, folder: Path) -> None:
-    """Carry out `folder`/run.yaml over `grid`; ends with `folder`/model.safetensors. Resumes where the folder stands."""
+    """Carry out `folder`/run.yaml over `grid`, from where the folder stands; ends with `folder`/model.safetensors."""
     plan = read_config(folder / "run.yaml", RunPlan)
     strategy = FederatedAveraging(plan, CheckpointStore(folder / "checkpoints"), Journal(folder / "journal.jsonl"))
     strategy.summary()

@@ -64,13 +64,14 @@ class Display:
             self._bar.update(self._task, description=text, completed=min(self._done, self._units))
         elif time.monotonic() - self._told > PLAIN_SECONDS or report.stage == "round":
             self._told = time.monotonic()
-            self._console.print(f"{text} | {100 * min(1.0, self._done / self._units):.0f} % | {self._remaining()}")
+            share = 100 * min(1.0, self._done / self._units)
+            self._console.print(f"{text} | {share:.0f} % | {self._remaining()}", soft_wrap=True, highlight=False)
 
     def _describe(self, report: Report) -> str:
         parts = [self.arm]
         if self.arm == "federated" and report.round:
             parts.append(f"round {report.round}/{self._rounds}")
-        if report.site:
+        if report.site and report.site != self.arm:
             parts.append(report.site)
         if report.stage not in ("train", "round"):
             parts.append(f"{report.stage} {report.done}/{report.total}")

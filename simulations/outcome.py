@@ -198,7 +198,8 @@ def _notes(recipe: Recipe) -> list[str]:
     notes = [recipe.world.note] if recipe.world.note else []
     if recipe.world.phantoms is not None:
         notes.append(
-            "The patients are phantoms drawn by the program: the figures say how the method behaves, not how good it is on scans."
+            "The patients are phantoms drawn by the program: the figures say how the method behaves, not how good it "
+            "is on scans."
         )
     elif recipe.world.partition.by != "site":
         notes.append(

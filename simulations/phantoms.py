@@ -326,6 +326,14 @@ def _spoil(image: Array, scanner: Scanner, generator: np.random.Generator) -> Ar
     return np.abs(np.fft.ifft(spectrum, axis=1))
 
 
+DATASET: dict[str, Any] = {
+    "name": "phantoms",
+    "modality": "synthetic",
+    "channels": ["scan"],
+    "labels": {"background": 0, "lesion": 1},
+}
+
+
 def write_phantoms(config: PhantomConfig, folder: Path) -> None:
     """Write the dataset folder: cases.csv, dataset.yaml, images/ID.nii.gz, masks/ID.nii.gz.
 
@@ -351,14 +359,6 @@ def write_phantoms(config: PhantomConfig, folder: Path) -> None:
         )
         write_atomic(partial / "cases.csv", table.getvalue().encode())
         write_atomic(partial / "dataset.yaml", dump_yaml(DATASET).encode())
-
-
-DATASET: dict[str, Any] = {
-    "name": "phantoms",
-    "modality": "synthetic",
-    "channels": ["scan"],
-    "labels": {"background": 0, "lesion": 1},
-}
 
 
 def _write_patient(config: PhantomConfig, site: str, number: int, image_path: Path, mask_path: Path) -> None:

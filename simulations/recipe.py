@@ -83,8 +83,8 @@ def open_source(recipe: Recipe, data: Path | None) -> Dataset:
     config_path = shipped_dataset(name)
     if data is None:
         raise UserError(
-            f"recipe '{recipe.name}' works on the dataset {name}, which is not part of the program: name its folder with "
-            f"--data DIR (docs/datasets.md says where to get it)."
+            f"recipe '{recipe.name}' works on the dataset {name}, which is not part of the program: name its "
+            "folder with --data DIR (docs/datasets.md says where to get it)."
         )
     if not data.is_dir():
         raise UserError(f"--data {data}: there is no such folder. Give the folder that holds {name}'s cases.csv.")

@@ -76,7 +76,7 @@ def simulate(recipe_path: Path, data: Path | None, out: Path | None, engine: Eng
         raise
     display = _display(simulation, console)
     with display.live():
-        _federate(simulation, engine, display)
+        _federate(simulation, engine)
         weights, seconds = _train_arms(simulation, display)
         display.arm = "scoring"
         federated = weights.pop("federated")
@@ -96,7 +96,7 @@ def prepare_simulation(
     plan_path = folder / "run.yaml"
     sites = {path.parent.name: open_site(path.resolve()) for path in sorted(world.glob("*/site.yaml"))}
     if plan_path.exists():
-        return Simulation(recipe, read_config(plan_path, RunPlan), sites, folder)
+        return Simulation(recipe, replace(read_config(plan_path, RunPlan), engine=engine), sites, folder)
     dataset = open_dataset(next(iter(sites.values())).path.parent / "data").config
     task = recipe.run.task(dataset, recipe.seed)
     with listening(_plain_progress(console)):
@@ -128,7 +128,9 @@ def build_world(
     with listening(_plain_progress(console)):
         prepared = prepare(dataset, recipe.run.model.resolve(dataset.config).image_size, cache_folder())
         for fault in prepared.faults:
-            console.print(f"left out: case {fault.case_id}: {fault.reason} ({fault.file})", markup=False)
+            console.print(
+                f"left out: case {fault.case_id}: {fault.reason} ({fault.file})", markup=False, soft_wrap=True
+            )
         if prepared.faults:
             console.print(f"{len(prepared.faults)} of {len(dataset.cases)} cases are left out")
         usable = Dataset(dataset.root, dataset.config, tuple(p.case for p in prepared.cases))
@@ -167,8 +169,8 @@ def _check_sites_left(dataset: Dataset, usable: Dataset, recipe: Recipe) -> None
     gone = sorted({str(case.site) for case in dataset.cases if case.site not in left})
     if gone and recipe.world.partition.by == "site":
         raise UserError(
-            f"{dataset.root}: all cases of the site(s) {', '.join(gone)} are faulty, so {len(gone)} site(s) would be empty; "
-            "nothing was trained. Mend the cases (medsegfed data check names them) or remove their rows."
+            f"{dataset.root}: all cases of the site(s) {', '.join(gone)} are faulty, so {len(gone)} site(s) would be "
+            "empty; nothing was trained. Mend the cases (medsegfed data check names them) or remove their rows."
         )
 
 
@@ -186,15 +188,16 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     if not resume:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
-                f"{folder}: already holds a run or other files; nothing was changed. Go on with it by --resume, or choose "
-                "another folder with --out."
+                f"{folder}: already holds a run or other files; nothing was changed. Go on with it by --resume, or "
+                "choose another folder with --out."
             )
         return
     if not stored.exists():
         raise UserError(f"{folder}: holds no run that could be resumed (recipe.yaml is missing). Leave --resume out.")
     if plain(read_config(stored, Recipe)) != plain(recipe):
         raise UserError(
-            f"{folder}: was started with another recipe ({stored}). Resume with that one, or choose another folder with --out."
+            f"{folder}: was started with another recipe ({stored}). Resume with that one, or choose another "
+            "folder with --out."
         )
 
 
@@ -205,7 +208,7 @@ def _start_session(folder: Path, recipe: Recipe, journal: Journal) -> None:
     journal.append("session")
 
 
-def _federate(simulation: Simulation, engine: Engine, display: Display) -> None:
+def _federate(simulation: Simulation, engine: Engine) -> None:
     if (simulation.folder / "model.safetensors").exists():
         return
     from client.app import app as client_app

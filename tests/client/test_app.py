@@ -124,6 +124,7 @@ def test_a_task_for_other_data_is_refused(world, tiny_task, caplog) -> None:
 
 def test_which_site_a_process_answers_for(tmp_path, monkeypatch) -> None:
     """MEDSEGFED_SITE wins; a world deals its sites out in name order; neither is an error that says what to set."""
+    monkeypatch.delenv("MEDSEGFED_WORLD", raising=False)  # a simulation in this process leaves its own
     with pytest.raises(UserError, match="set MEDSEGFED_SITE"):
         site_file(context())
     for name in ("b", "a", "c"):

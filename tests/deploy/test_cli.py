@@ -69,7 +69,7 @@ def source(tmp_path: Path, tiny_source: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "facts"),
     [
-        ([("local_steps", "local_step")], ["tiny.yaml", "run.local_step", "did you mean 'local_steps'"]),
+        ([("threads", "thread")], ["tiny.yaml", "run.thread", "did you mean 'threads'"]),
         ([("preset: tiny", "preset: XXL")], ["tiny.yaml", "preset 'XXL' is unknown", "tiny, S, B, L"]),
         ([("rounds: 2", "rounds: 0")], ["tiny.yaml", "rounds must lie in 1..100000"]),
         ([("image_size: 16", "image_size: 17")], ["tiny.yaml", "image_size 17 is not divisible by 2"]),

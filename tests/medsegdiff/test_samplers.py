@@ -79,6 +79,17 @@ def test_ddpm_and_full_ddim_equal_the_papers_ancestral_loop(schedule: str) -> No
     assert float((sample(gaussian_clean(table), start, table, halfway, drawer()) - x).abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_one_ddim_step_is_the_papers_formula(eta: float) -> None:
+    """Song et al. 2021, eq. 12 and 16, from abar 0.3 to 0.8 with a clean answer of 0.4 and noise of 1."""
+    sigma = eta * math.sqrt((1 - 0.8) / (1 - 0.3)) * math.sqrt(1 - 0.3 / 0.8)
+    noise = (1.7 - math.sqrt(0.3) * 0.4) / math.sqrt(1 - 0.3)
+    expected = math.sqrt(0.8) * 0.4 + math.sqrt(1 - 0.8 - sigma**2) * noise + sigma
+    start = torch.tensor(1.7, dtype=torch.float64)
+    end = _ddim(lambda x, t: torch.full_like(x, 0.4), start, [0], [0.3, 0.8], eta, lambda: torch.ones_like(start))
+    assert float(end) == pytest.approx(expected, abs=1e-12)
+
+
 def test_ddpm_samples_have_the_moments_of_the_data() -> None:
     """300 steps on the Gaussian toy give its mean and deviation within five standard errors (and half a percent of
     discretisation); a toy 10 % wider is told apart."""

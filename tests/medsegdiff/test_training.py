@@ -100,7 +100,6 @@ def test_moments_restored_without_their_layout_go_astray(tmp_path: Path) -> None
     assert fingerprint(resumed(tmp_path / "state.safetensors", load=naive)) != fingerprint(whole)
 
 
-@pytest.mark.xfail(strict=True, reason="dropout draws from torch's global generator, which is not a function of step")
 def test_a_resumed_training_with_dropout_ends_with_the_same_bits(tmp_path: Path) -> None:
     """Dropout, too, is a function of (seed, step)."""
     model = replace(MODEL, dropout=0.2)
@@ -232,6 +231,30 @@ def test_the_network_sees_scaled_masks(scale: float, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(one.diffusion, "add_noise", lambda clean, *rest: seen.append(clean) or add_noise(clean, *rest))
     one.step(0)
     assert set(seen[0].unique().tolist()) == {-scale, scale}
+
+
+def test_every_step_draws_its_own_noise_and_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise and timesteps differ between steps and seeds, and repeat for an equal pair; timesteps span the range."""
+    drawn: list[tuple[Tensor, Tensor]] = []
+
+    def add_noise(self: Diffusion, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
+        drawn.append((noise, t_B))
+        return noise
+
+    monkeypatch.setattr(Diffusion, "add_noise", add_noise)
+    for seed, step in ((5, 0), (5, 1), (6, 0), (5, 0)):
+        trainer(seed=seed).step(step)
+    noises = [noise for noise, _ in drawn]
+    assert torch.equal(noises[0], noises[3])
+    assert torch.equal(drawn[0][1], drawn[3][1])
+    assert all(not torch.equal(noises[a], noises[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    one = trainer()
+    for step in range(40):
+        one.step(step)
+    seen = torch.cat([t_B for _, t_B in drawn[4:]])
+    assert int(seen.min()) < 100
+    assert int(seen.max()) >= 900
+    assert float(torch.stack([noise for noise, _ in drawn[4:]]).std()) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.slow

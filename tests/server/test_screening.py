@@ -172,3 +172,18 @@ def test_no_garbage_raises(content) -> None:
     message = reply(content)
     assert isinstance(screen_update(message, EXPECTED), Rejection)
     assert isinstance(screen_scores(message, EXPECTED), (Rejection, Scores))
+
+
+@pytest.mark.parametrize(
+    "fault", [MemoryError, RecursionError, UnicodeDecodeError("utf-8", b"x", 0, 1, "y"), KeyError("w")]
+)
+def test_a_fault_nobody_thought_of_is_a_rejection_too(monkeypatch, fault) -> None:
+    """Whatever reading a reply may raise: the site is left out, with the kind of fault as the reason."""
+
+    def fail(*arguments: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("server.screening.from_wire", fail)
+    for outcome in (screen_update(update_reply(), EXPECTED), screen_scores(score_reply(), EXPECTED)):
+        assert isinstance(outcome, Rejection)
+        assert outcome.reason.split(":")[0] in ("MemoryError", "RecursionError", "UnicodeDecodeError", "KeyError")

@@ -217,5 +217,6 @@ def test_a_run_goes_on_after_damage(make_run, damage) -> None:
     sites = run(folder)
     assert (folder / "model.safetensors").read_bytes() == whole
     assert [kind for _, kind in sites.asked].count(MessageType.TRAIN) == (3 if damage == "checkpoint" else 0)
+    assert [kind for _, kind in sites.asked].count(MessageType.EVALUATE) == (3 if damage == "journal" else 0)
     assert {event["round"] for event in events(folder, "round")} == {0, 1, 2}
     assert events(folder, "round")[-1]["model_hash"] == hash_weights(final(folder))

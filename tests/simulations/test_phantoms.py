@@ -212,14 +212,14 @@ def test_twin_sites_share_a_scanner_and_no_patient() -> None:
 
 def test_the_reader_sees_what_was_rendered(tmp_path) -> None:
     """Whatever axes a hospital stores, the reader returns the RAS image and mask, and the spacing, that were drawn."""
-    config = PhantomConfig(sites=("birch", "dogwood", "fir"), patients=1, slices=5)
+    config = PhantomConfig(sites=("cedar", "dogwood", "elm"), patients=1, slices=5)
     reports: list[Progress] = []
     with listening(reports.append):
         write_phantoms(config, tmp_path / "data")
-    assert [(progress.done, progress.total, progress.site) for progress in reports][-1] == (3, 3, "fir")
+    assert [(progress.done, progress.total, progress.site) for progress in reports][-1] == (3, 3, "elm")
     dataset = open_dataset(tmp_path / "data")
     assert dataset.config.label_names == ("background", "lesion")
-    assert [case.site for case in dataset.cases] == ["birch", "dogwood", "fir"]
+    assert [case.site for case in dataset.cases] == ["cedar", "dogwood", "elm"]
     for case in dataset.cases:
         scanner = scanner_of(str(case.site))
         generator = patient_generator(config.seed, scanner.name, 1)

@@ -28,7 +28,7 @@ def test_every_shipped_recipe_reads(path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ([("rounds:", "ruonds:")], r"run.ruonds: unknown key; did you mean 'rounds'\?"),
+        ([("threads:", "thraeds:")], r"run.thraeds: unknown key; did you mean 'threads'\?"),
         (
             [("  test_fraction: 0.3", "  test_fraction: 1.5")],
             "world: test_fraction must lie between 0 and 1, found 1.5",
