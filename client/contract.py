@@ -120,7 +120,10 @@ class Update(Strict):
 
 @dataclass(frozen=True)
 class Scores(Strict):
-    """All that leaves a hospital after scoring a model on its held-out patients: averages, never a patient's score."""
+    """All that leaves a hospital after scoring a model on its held-out patients: averages over them.
+
+    A site with a single held-out patient thereby sends that patient's Dice: hold out more, or none.
+    """
 
     site: str
     run: str

@@ -1,7 +1,7 @@
 """The update gate: the one door through which anything leaves a site.
 
-It looks at what is about to be sent, not at what was meant to be sent: whatever went wrong before it, nothing but the
-contract's fields and finite arrays of the model's own names and shapes passes.
+Scores and counts leave as the contract's types and nothing beside them. Of an update it looks at what is about to be
+sent, not at what was meant to be sent: nothing but finite arrays of the model's own names and shapes passes.
 """
 
 from __future__ import annotations

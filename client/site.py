@@ -15,14 +15,11 @@ from client.contract import Presence, TrainTask
 from medsegdiff.data.dataset import DatasetConfig, open_dataset
 from medsegdiff.data.prepare import Prepared, prepare
 from medsegdiff.data.prepared import PreparedCase
-from medsegdiff.data.splits import split_patients
+from medsegdiff.data.splits import SPLIT_SEED, TEST_FRACTION, split_patients
 from medsegdiff.errors import UserError
 from medsegdiff.strict import Strict, read_config
 
 log = logging.getLogger("medsegfed.site")
-
-TEST_FRACTION = 0.2  # of patients, held out where cases.csv has no split column
-SPLIT_SEED = 0  # of the site, not of a run: a patient held out once stays held out
 
 
 @dataclass(frozen=True)

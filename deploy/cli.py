@@ -111,7 +111,7 @@ def train(
         raise UserError(f"{error}.") from error
     with _progress("train"):
         model = train_alone(dataset, wanted, out, cache_folder(), device, resume)
-    typer.echo(f"Model: {model}\nNext: medsegfed evaluate {model} {folder}")
+    typer.echo(f"Model: {model}\nNext: medsegfed evaluate {model} {folder} --split test")
 
 
 @app.command()
@@ -119,7 +119,7 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="A model.safetensors.")],
     folder: Annotated[Path, typer.Argument(help="Dataset with masks; without a dataset.yaml the model's own is used.")],
     dataset_config: ConfigOption = None,
-    split: Annotated[str, typer.Option(help="all, or the patients of one split: train, val, test.")] = "all",
+    split: Annotated[str, typer.Option(help="all (those trained on too), or one split: train, val, test.")] = "all",
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the model's.")] = None,
     members: Annotated[int | None, typer.Option(min=1, help="Samples an image; default: the model's.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
@@ -168,7 +168,8 @@ def segment(
     else:
         for result in results:
             volumes = ", ".join(f"{name} {ml} ml" for name, ml in result["volumes_ml"].items() if ml is not None)
-            typer.echo(f"{result['scan']} -> {', '.join(result['masks'])}" + (f" ({volumes})" if volumes else ""))
+            written = [*result["masks"], *([result["uncertainty"]] if result["uncertainty"] else [])]
+            typer.echo(f"{result['scan']} -> {', '.join(written)}" + (f" ({volumes})" if volumes else ""))
         for fault in faults:
             typer.echo(f"not segmented: {fault['reason']}", err=True)
     if faults:

@@ -15,7 +15,7 @@ from medsegdiff.config import SamplingConfig
 from medsegdiff.data.cases import SPLITS
 from medsegdiff.data.dataset import open_dataset
 from medsegdiff.data.prepare import prepare
-from medsegdiff.data.splits import split_patients
+from medsegdiff.data.splits import SPLIT_SEED, TEST_FRACTION, split_patients
 from medsegdiff.devices import choose_device
 from medsegdiff.errors import UserError
 from medsegdiff.evaluation import score_cases
@@ -25,8 +25,6 @@ from medsegdiff.progress import Progress, report
 from medsegdiff.segment import segment_scan
 from medsegdiff.weights import Segmenter, load_model
 from simulations.simulate import cache_folder
-
-TEST_FRACTION, SPLIT_SEED = 0.2, 0  # `train` holds these patients out where the dataset has no split of its own
 
 
 def evaluate_folder(
@@ -61,7 +59,7 @@ def evaluate_folder(
         raise UserError(f"{folder}: no patient is in split {split}, so there is nothing to score. Try --split all.")
     patients = score_cases(segmenter, cases, sampling, seed)
     return {
-        "model": str(model), "dataset": card.dataset.name, "split": split,
+        "model": str(model), "folder": str(folder), "dataset": card.dataset.name, "split": split,
         "patients": [vars(patient) for patient in patients], "summary": summarise(patients),
         "left_out": [vars(fault) for fault in prepared.faults],
     }  # fmt: skip
@@ -69,7 +67,7 @@ def evaluate_folder(
 
 def scores_table(result: Mapping[str, Any]) -> Table:
     """One row a patient, and the mean."""
-    table = Table(title=f"{result['dataset']}, split {result['split']}")
+    table = Table(title=f"{result['folder']} read as {result['dataset']}, split {result['split']}")
     table.add_column("patient")
     targets = list(result["patients"][0]["dice"])
     for target in targets:

@@ -12,7 +12,7 @@ from medsegdiff.data.batches import SliceBatches
 from medsegdiff.data.dataset import Dataset
 from medsegdiff.data.prepare import prepare
 from medsegdiff.data.prepared import PreparedCase
-from medsegdiff.data.splits import split_patients
+from medsegdiff.data.splits import SPLIT_SEED, TEST_FRACTION, split_patients
 from medsegdiff.devices import choose_device
 from medsegdiff.ema import WeightAverage
 from medsegdiff.ensemble import derive_seed
@@ -37,17 +37,14 @@ class TrainAlone(Strict):
     diffusion: DiffusionConfig = DiffusionConfig()
     sampling: SamplingConfig = SamplingConfig()
     ema_decay: float = 0.999  # of the weights that are kept; 0 keeps the last weights
-    test_fraction: float = 0.2
     seed: int = 0
     threads: int = 2
 
 
-def training_cases(
-    dataset: Dataset, image_size: int, cache: Path, test_fraction: float, seed: int
-) -> tuple[list[PreparedCase], list[PreparedCase]]:
+def training_cases(dataset: Dataset, image_size: int, cache: Path) -> tuple[list[PreparedCase], list[PreparedCase]]:
     """Prepared cases of the training and of the held-out patients. Raises UserError when nobody is left to train on."""
     prepared = prepare(dataset, image_size, cache)
-    splits = split_patients([p.case for p in prepared.cases], test_fraction, 0.0, seed)
+    splits = split_patients([p.case for p in prepared.cases], TEST_FRACTION, 0.0, SPLIT_SEED)
     train = [p for p in prepared.cases if splits[p.case.patient_id] == "train"]
     test = [p for p in prepared.cases if splits[p.case.patient_id] == "test"]
     if not train:
@@ -67,8 +64,8 @@ def train_alone(dataset: Dataset, wanted: TrainAlone, out: Path, cache: Path, de
     """
     state_path = out / "state.safetensors"
     _check_out(out, state_path, resume)
+    train, _ = training_cases(dataset, wanted.model.image_size, cache)
     write_atomic(out / "train.json", compact_json(wanted).encode())
-    train, _ = training_cases(dataset, wanted.model.image_size, cache, wanted.test_fraction, wanted.seed)
     card = ModelCard(wanted.model, wanted.diffusion, wanted.sampling, dataset.config)
     torch.set_num_threads(wanted.threads)
     segmenter = build(card, initial_weights(wanted.model, wanted.seed))

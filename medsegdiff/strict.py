@@ -60,7 +60,7 @@ def load_yaml(path: Path) -> Any:
         raise UserError(f"{path}: there is no such file. Check the path.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path}: cannot be read as a text file ({error}). Check the path and its permissions."
+            f"{path}: cannot be read as a YAML text file ({error}). Check that it is the right file."
         ) from error
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader: builds plain data only
@@ -93,6 +93,8 @@ def parse_config(data: Any, kind: type[T], source: str) -> T:
         # A misspelt key shows up twice, as unknown and as missing: the unknown one tells what to mend.
         faults.sort(key=lambda fault: fault["type"] not in _UNKNOWN_KEY)
         text = _explain(faults[0], kind)  # type: ignore[arg-type]
+        if faults[0]["type"] in _UNKNOWN_KEY:
+            faults = [fault for fault in faults if fault["type"] not in ("missing", "missing_argument")]
         more = f" ({len(faults) - 1} more after this one)" if len(faults) > 1 else ""
         raise UserError(f"{source}: {text}{more}") from None
 

@@ -60,6 +60,9 @@ def read_recipe(path: Path) -> Recipe:
         and (shipped := Path(__file__).parent / "recipes" / f"{path}.yaml").exists()
     ):
         path = shipped
+    if not path.exists() and path.parent == Path():
+        names = ", ".join(sorted(p.stem for p in (Path(__file__).parent / "recipes").glob("*.yaml")))
+        raise UserError(f"{path}: there is no such file and no such recipe; those shipped are {names}.")
     return read_config(path, Recipe)
 
 

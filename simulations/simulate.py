@@ -92,6 +92,7 @@ def prepare_simulation(
     os.environ["MEDSEGFED_CACHE"] = str(cache_folder())
     if not world.exists():
         build_world(recipe, data, folder, world, copy=False, console=console)
+    os.environ.pop("MEDSEGFED_SITE", None)  # a real site's variable would make every virtual site that one
     os.environ["MEDSEGFED_WORLD"] = str(world.resolve())
     plan_path = folder / "run.yaml"
     sites = {path.parent.name: open_site(path.resolve()) for path in sorted(world.glob("*/site.yaml"))}
@@ -138,6 +139,11 @@ def build_world(
         patients = patients_of(usable, recipe.world.partition)
     assignment = partition_patients(patients, recipe.world.partition, recipe.seed)
     splits = _split_sites(usable, assignment, recipe)
+    if "test" not in splits.values():
+        raise UserError(
+            f"none of the {len(splits)} patients would be held out, so nothing could be scored: every site has "
+            "a single patient. Raise the patients of a site, or lower the number of sites."
+        )
     return write_world(usable, assignment, splits, world, copy)
 
 

@@ -9,6 +9,11 @@ from collections.abc import Sequence
 from medsegdiff.data.cases import Case
 from medsegdiff.errors import UserError
 
+# Who is held out where a dataset has no split column of its own: the same patients whatever is trained, with whatever
+# seed, so that a model is never scored on patients it was trained on, and a patient held out once stays held out.
+TEST_FRACTION = 0.2
+SPLIT_SEED = 0
+
 
 def split_patients(cases: Sequence[Case], test_fraction: float, val_fraction: float, seed: int) -> dict[str, str]:
     """Assign every patient to "train", "val" or "test".

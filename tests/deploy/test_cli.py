@@ -357,3 +357,44 @@ def test_train_refuses_settings_out_of_range(medsegfed, tiny_source, tmp_path, o
     """Before anything is prepared."""
     assert_refused(medsegfed("train", tiny_source, "-o", tmp_path / "model", *option))
     assert not (tmp_path / "model").exists()
+
+
+def test_no_seed_makes_evaluate_score_patients_that_train_learnt_from(source, tmp_path) -> None:
+    """`train` and `evaluate --split test` hold the same patients out, whatever the seed of the training."""
+    from medsegdiff.alone import training_cases
+    from medsegdiff.data.dataset import open_dataset
+    from medsegdiff.data.splits import SPLIT_SEED, TEST_FRACTION, split_patients
+
+    dataset = open_dataset(source)
+    train, test = training_cases(dataset, 16, tmp_path / "cache")
+    splits = split_patients(dataset.cases, TEST_FRACTION, 0.0, SPLIT_SEED)
+    assert {case.case.patient_id for case in test} == {name for name, split in splits.items() if split == "test"}
+    assert not {case.case.patient_id for case in train} & {case.case.patient_id for case in test}
+
+
+@pytest.mark.parametrize("verb", [["simulate"], ["train"], ["evaluate"], ["segment"], ["model", "show"]])
+def test_help_explains_every_argument(medsegfed, verb) -> None:
+    """A newcomer learns from --help what the arguments are (some click versions lose these texts)."""
+    code, out, _ = medsegfed(*verb, "--help")
+    words = {"simulate": "shipped", "train": "Decathlon", "evaluate": "masks", "segment": "NIfTI", "show": "tiny"}
+    arguments = out.partition("Arguments")[2].partition("Options")[0]
+    assert code == 0
+    assert words[verb[-1]] in arguments
+
+
+def test_a_misspelt_shipped_recipe_names_those_there_are(medsegfed) -> None:
+    """`simulate quickstrat` tells which recipes exist."""
+    assert_refused(medsegfed("simulate", "quickstrat"), "hippocampus, lgg-sites, quickstart")
+
+
+def test_a_world_without_held_out_patients_is_refused(medsegfed, tiny_recipe, tmp_path) -> None:
+    """One patient a site leaves nobody to score on: refused before training."""
+    recipe = tiny_recipe(("patients: 4", "patients: 1")) if callable(tiny_recipe) else tiny_recipe
+    text = recipe.read_text()
+    assert "patients: " in text
+    import re
+
+    lonely = tmp_path / "lonely.yaml"
+    lonely.write_text(re.sub(r"patients: \d+", "patients: 1", text))
+    result = medsegfed("simulate", lonely, "--out", tmp_path / "run")
+    assert_refused(result, "would be held out")
