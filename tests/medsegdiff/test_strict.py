@@ -103,8 +103,8 @@ def test_a_proper_file_is_read(file: Path) -> None:
         ("[a, b]: 1", ["not valid YAML"]),
         ("seed: !!python/object/apply:os.getcwd []", ["not valid YAML"]),
         ("[" * 5000, ["not valid YAML"]),
-        (b"\xff\xfe\x00\x01", ["cannot be read as a text file"]),
-        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), ["cannot be read as a text file"]),
+        (b"\xff\xfe\x00\x01", ["cannot be read as a YAML text file"]),
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), ["cannot be read as a YAML text file"]),
         (b"seed: \x00", ["not valid YAML"]),
         (b"#" * (MAX_CONFIG_BYTES + 1), ["1,000,001 bytes", "limit 1,000,000"]),
     ],
@@ -120,7 +120,7 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     """No file, and a folder in its place."""
     with pytest.raises(UserError, match="there is no such file"):
         read_config(tmp_path / "none.yaml", Run)
-    with pytest.raises(UserError, match="cannot be read as a text file"):
+    with pytest.raises(UserError, match="cannot be read as a YAML text file"):
         read_config(tmp_path, Run)
 
 

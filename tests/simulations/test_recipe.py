@@ -60,7 +60,7 @@ def test_a_fault_is_named_with_file_and_key(tiny_recipe, changes, message) -> No
     [
         (b"", "found nothing"),
         (b"- a\n- b\n", "found a list"),
-        (b"\x00\xff\xfe binary", "cannot be read as a text file|not valid YAML"),
+        (b"\x00\xff\xfe binary", "cannot be read as a YAML text file|not valid YAML"),
         (b"a: 1\n" + b"#" * 2_000_000, "2,000,005 bytes are no configuration file"),
         (b"[" * 100_000, "not valid YAML"),
         (b"x: !!python/object/apply:os.system [true]", "not valid YAML"),
