@@ -87,7 +87,7 @@ def open_source(recipe: Recipe, data: Path | None) -> Dataset:
     if data is None:
         raise UserError(
             f"recipe '{recipe.name}' works on the dataset {name}, which is not part of the program: name its "
-            "folder with --data DIR (docs/datasets.md says where to get it)."
+            "folder with --data DIR (docs/datasets.md names its origin)."
         )
     if not data.is_dir():
         raise UserError(f"--data {data}: there is no such folder. Give the folder that holds {name}'s cases.csv.")
