@@ -23,6 +23,7 @@ from medsegdiff.ensemble import derive_seed
 from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
 from medsegdiff.network import MedSegDiff, channels_last
+from medsegdiff.objective import denoising_loss
 
 
 class Batches(Protocol):
@@ -109,15 +110,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
-        clean = masks * self.diffusion.config.mask_scale
-        noisy = self.diffusion.add_noise(clean, noise, t_B)
         with self._dropout_stream(step, device):
-            answer = self.network(
-                noisy.contiguous(memory_format=torch.channels_last),
-                t_B,
-                images.contiguous(memory_format=torch.channels_last),
-            )
-        loss = self.diffusion.loss(answer, clean, noise, t_B)
+            loss = denoising_loss(self.network, self.diffusion, images, masks, noise, t_B)
         loss.backward()
         self._add_proximal_gradient()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from medsegdiff.config import DiffusionConfig, ModelConfig, Sampler, SamplingConfig
 from medsegdiff.diffusion import Diffusion
-from medsegdiff.ensemble import _binary_entropy, derive_seed, sample_masks, segment_images
+from medsegdiff.ensemble import _binary_entropy, derive_seed, segment_images
 from medsegdiff.network import MedSegDiff
+from medsegdiff.sampling import sample_masks
 
 CONFIG = ModelConfig(
     image_size=8, image_channels=1, mask_channels=2, base_channels=8, channel_multipliers=(1, 2), fusion_levels=(1,),
