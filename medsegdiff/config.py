@@ -14,7 +14,10 @@ from medsegdiff.strict import Strict
 
 Prediction = Literal["eps", "x0", "v"]
 Schedule = Literal["linear", "cosine"]
+Weighting = Literal["uniform", "min_snr"]
 Sampler = Literal["ddpm", "ddim", "dpmpp_2m"]
+Fuse = Literal["mean", "majority", "staple"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -35,6 +38,9 @@ class ModelConfig(Strict):
     fusion_levels: tuple[int, ...] = (1,)  # where dynamic conditional encoding joins x_t to the image
     attention_levels: tuple[int, ...] = (2,)  # where self-attention follows the blocks
     dropout: float = 0.0  # probability, inside residual blocks
+    ff_parser: bool = True  # false: the fusions see m_x unfiltered (ablation); no fusion at all: fusion_levels []
+    auxiliary_head: bool = False  # a second segmentation read off the image encoder alone, trained beside the first
+    self_conditioning: bool = False  # the network also sees its last estimate of x_0 (arXiv 2208.04202)
 
     def __post_init__(self) -> None:
         levels = len(self.channel_multipliers)
@@ -65,9 +71,17 @@ class DiffusionConfig(Strict):
     schedule: Schedule = "linear"  # the paper's; more steps at high noise, where the image decides, than cosine
     prediction: Prediction = "x0"
     mask_scale: float = 1.0  # b: masks are diffused as -b / +b (the input scale of arXiv 2301.10972)
+    zero_terminal_snr: bool = False  # abar_{T-1} = 0: the walk starts from pure noise indeed (arXiv 2305.08891)
+    weighting: Weighting = "uniform"  # of timesteps in the loss; min_snr: arXiv 2303.09556
+    min_snr_gamma: float = 5.0  # where min_snr cuts the signal-to-noise ratio
 
     def __post_init__(self) -> None:
         _require(self.timesteps >= 2, f"timesteps must be at least 2, found {self.timesteps}")
+        _require(0 < self.min_snr_gamma < math.inf, f"min_snr_gamma must be positive, found {self.min_snr_gamma}")
+        _require(
+            not (self.zero_terminal_snr and self.prediction == "eps"),
+            "zero_terminal_snr needs prediction x0 or v: pure noise holds no x_0 that eps could give back",
+        )
         _require(0 < self.mask_scale < math.inf, f"mask_scale must be positive and finite, found {self.mask_scale}")
 
 
@@ -77,7 +91,8 @@ class SamplingConfig(Strict):
 
     sampler: Sampler = "dpmpp_2m"
     steps: int = 20  # network evaluations a sample
-    members: int = 1  # samples an image; their mean is thresholded, their spread is the uncertainty
+    members: int = 1  # samples an image; fused into the mask, their spread is the uncertainty
+    fuse: Fuse = "mean"  # how members make one mask: of their values, their votes, or STAPLE (Warfield et al. 2004)
     eta: float = 0.0  # DDIM only: 0 deterministic, 1 as noisy as DDPM
 
     def __post_init__(self) -> None:
@@ -115,6 +130,8 @@ class TrainingConfig(Strict):
     final_rate: float = 0.05  # the rate at the last step as a fraction of the peak
     gradient_clip: float = 1.0  # largest 2-norm of a step's gradient
     foreground_fraction: float = 0.0  # of a batch's slices, drawn among those that hold foreground
+    auxiliary_weight: float = 0.5  # of the auxiliary head's loss, where the network has one
+    precision: Precision = "auto"  # of matrix work; auto: bf16 (autocast) on a GPU that has it, fp32 on a CPU
     augment: AugmentConfig = AugmentConfig()
 
     def __post_init__(self) -> None:
@@ -122,6 +139,9 @@ class TrainingConfig(Strict):
         _require(0 < self.learning_rate < 1, f"learning_rate must lie in (0, 1), found {self.learning_rate}")
         _require(0 <= self.weight_decay < 1, f"weight_decay must lie in [0, 1), found {self.weight_decay}")
         _require(self.gradient_clip > 0, f"gradient_clip must be positive, found {self.gradient_clip}")
+        _require(
+            0 < self.auxiliary_weight < math.inf, f"auxiliary_weight must be positive, found {self.auxiliary_weight}"
+        )
         for name in ("warmup_fraction", "final_rate", "foreground_fraction"):
             _require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], found {getattr(self, name)}")
 
