@@ -72,7 +72,8 @@ class DiffusionConfig(Strict):
     prediction: Prediction = "x0"
     mask_scale: float = 1.0  # b: masks are diffused as -b / +b (the input scale of arXiv 2301.10972)
     zero_terminal_snr: bool = False  # abar_{T-1} = 0: the walk starts from pure noise indeed (arXiv 2305.08891)
-    weighting: Weighting = "uniform"  # of timesteps in the loss; min_snr: arXiv 2303.09556
+    # Of timesteps in the loss. min_snr (arXiv 2303.09556) spends little on high noise, where the image alone decides.
+    weighting: Weighting = "uniform"
     min_snr_gamma: float = 5.0  # where min_snr cuts the signal-to-noise ratio
 
     def __post_init__(self) -> None:

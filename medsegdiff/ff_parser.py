@@ -71,11 +71,16 @@ class DynamicFusion(nn.Module):
     The noisy mask's features, freed of high-frequency noise by the FF-Parser, tell the image encoder where to look, so
     that image features depend on the diffusion step. The attention is added to m_I rather than put in its place: a
     residual keeps the image readable where the mask is still pure noise.
+
+    Args:
+        channels: C of both feature maps.
+        size: pixels a side the filter is made for.
+        ff_parser: false leaves the filter out, and its parameter with it (the paper's ablation).
     """
 
-    def __init__(self, channels: int, size: int) -> None:
+    def __init__(self, channels: int, size: int, ff_parser: bool = True) -> None:
         super().__init__()
-        self.parser = FFParser(channels, size)
+        self.parser = FFParser(channels, size) if ff_parser else nn.Identity()
         # One group is LayerNorm over (C, H, W): no statistics cross cases, which per-patient privacy relies on.
         self.norm_image = nn.GroupNorm(1, channels)
         self.norm_mask = nn.GroupNorm(1, channels)

@@ -86,8 +86,33 @@ class Stage(nn.Module):
         return attended
 
 
+class AuxiliaryHead(nn.Module):
+    """A mask read off image features of every level (a feature pyramid, Lin et al. 2017, arXiv 1612.03144).
+
+    From the coarsest level up, each is projected to the finest one's width and added to the sum so far, doubled in
+    size. No norm over the batch, unlike the "highway" of the first public code.
+    """
+
+    def __init__(self, widths: list[int], mask_channels: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(width, widths[0], 1) for width in widths)
+        self.norm = _group_norm(widths[0])
+        self.out = nn.Conv2d(widths[0], mask_channels, 3, padding=1)
+
+    def forward(self, features: ImageFeatures) -> Tensor:
+        """Logits, (B, K, H, W), from one feature map a level."""
+        h_BCHW = self.lateral[-1](features[-1])
+        for level in reversed(range(len(features) - 1)):
+            h_BCHW = self.lateral[level](features[level]) + F.interpolate(h_BCHW, scale_factor=2.0, mode="nearest")
+        logits: Tensor = self.out(F.silu(self.norm(h_BCHW)))
+        return logits
+
+
 class MedSegDiff(nn.Module):
     """Predicts eps, x0 or v (the diffusion decides which) of a noisy mask, given the image.
+
+    With `config.self_conditioning` it also sees its previous estimate of x_0 (Chen et al., Analog Bits,
+    arXiv 2208.04202, section 3.2). With `config.auxiliary_head` it also segments from the image alone.
 
     Guarantees:
         `denoise(x, t, image_features(image))` equals `forward(x, t, image)`: the features are computed once per image
@@ -111,7 +136,8 @@ class MedSegDiff(nn.Module):
             nn.SiLU(),
         )
         self.image_stem = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
-        self.mask_stem = nn.Conv2d(config.mask_channels, widths[0], 3, padding=1)
+        mask_inputs = config.mask_channels * (2 if config.self_conditioning else 1)
+        self.mask_stem = nn.Conv2d(mask_inputs, widths[0], 3, padding=1)
         # No attention in the image encoder: the fusion lets it see the whole mask already, and it is the cheap side.
         self.image_stages = nn.ModuleList(Stage(w, w, blocks, None, dropout, attend=False) for w in widths)
         self.mask_stages = nn.ModuleList(
@@ -120,7 +146,10 @@ class MedSegDiff(nn.Module):
         self.image_down = nn.ModuleList(_downsample(a, b) for a, b in itertools.pairwise(widths))
         self.mask_down = nn.ModuleList(_downsample(a, b) for a, b in itertools.pairwise(widths))
         self.fusions = nn.ModuleDict(
-            {str(level): DynamicFusion(widths[level], sizes[level]) for level in sorted(set(config.fusion_levels))}
+            {
+                str(level): DynamicFusion(widths[level], sizes[level], config.ff_parser)
+                for level in sorted(set(config.fusion_levels))
+            }
         )
         self.middle = Stage(widths[-1], widths[-1], 1, time_features, dropout, attend=False)
         self.up = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in itertools.pairwise(widths))
@@ -131,19 +160,24 @@ class MedSegDiff(nn.Module):
         self.out = nn.Conv2d(widths[0], config.mask_channels, 3, padding=1)
         with torch.no_grad():  # start near "nothing": a small first prediction keeps the first steps' loss at its mean
             self.out.weight.mul_(0.1)
+        # Last, so that one seed gives the other parts the same weights with the head and without it.
+        self.auxiliary_head = AuxiliaryHead(widths, config.mask_channels) if config.auxiliary_head else None
 
-    def forward(self, mask_BKHW: Tensor, t_B: Tensor, image_BCHW: Tensor) -> Tensor:
+    def forward(
+        self, mask_BKHW: Tensor, t_B: Tensor, image_BCHW: Tensor, previous_BKHW: Tensor | None = None
+    ) -> Tensor:
         """Predict from the noisy mask x_t.
 
         Args:
             mask_BKHW: x_t, (B, K, H, W), any H and W divisible by the downsampling.
             t_B: timestep of each case, (B,), in [0, T).
             image_BCHW: the image, (B, C, H, W), normalised.
+            previous_BKHW: with self-conditioning, the last estimate of x_0, (B, K, H, W), in [-b, b]; none is zeros.
 
         Returns:
             The prediction, (B, K, H, W).
         """
-        return self.denoise(mask_BKHW, t_B, self.image_features(image_BCHW))
+        return self.denoise(mask_BKHW, t_B, self.image_features(image_BCHW), previous_BKHW)
 
     def image_features(self, image_BCHW: Tensor) -> ImageFeatures:
         """Image features up to the first fusion: they depend on neither x_t nor t."""
@@ -154,11 +188,42 @@ class MedSegDiff(nn.Module):
             features.append(h_BCHW)
         return features
 
-    def denoise(self, mask_BKHW: Tensor, t_B: Tensor, features: ImageFeatures) -> Tensor:
-        """The part of `forward` that depends on x_t and t; `features` as `image_features` returns them."""
+    def auxiliary(self, image_BCHW: Tensor) -> Tensor:
+        """The auxiliary head's mask, without diffusion: (B, K, H, W), in (-1, 1), positive inside.
+
+        Raises:
+            ValueError: the network has no auxiliary head.
+        """
+        return (self.auxiliary_logits(self.image_features(image_BCHW)) / 2).tanh()  # = 2 sigmoid(logit) - 1
+
+    def auxiliary_logits(self, features: ImageFeatures) -> Tensor:
+        """Log-odds of each pixel and channel, (B, K, H, W); `features` as `image_features` returns them.
+
+        The image encoder goes on to its last level without fusion: the levels below the first fusion alone see too
+        few pixels around each, and the deep ones cost little at their size.
+
+        Raises:
+            ValueError: the network has no auxiliary head.
+        """
+        if self.auxiliary_head is None:
+            raise ValueError("this network has no auxiliary head (auxiliary_head is false)")
+        pyramid = list(features)
+        for level in range(len(features), len(self.image_stages)):
+            pyramid.append(self.image_stages[level](self.image_down[level - 1](pyramid[-1])))
+        logits: Tensor = self.auxiliary_head(pyramid)
+        return logits
+
+    def denoise(
+        self, mask_BKHW: Tensor, t_B: Tensor, features: ImageFeatures, previous_BKHW: Tensor | None = None
+    ) -> Tensor:
+        """The part of `forward` that depends on x_t and t; `features` as `image_features` returns them.
+
+        Raises:
+            ValueError: `previous_BKHW` is given to a network without self-conditioning.
+        """
         time_BE = self.time_embedding(timestep_embedding(t_B, self.config.base_channels).to(mask_BKHW.dtype))
         skips = []
-        mask = self.mask_stem(mask_BKHW)
+        mask = self.mask_stem(self._with_previous(mask_BKHW, previous_BKHW))
         image = features[0]
         for level in range(len(self.mask_stages)):
             if level:
@@ -177,6 +242,15 @@ class MedSegDiff(nn.Module):
                 h_BCHW = F.interpolate(self.up[level - 1](h_BCHW), scale_factor=2.0, mode="nearest")
         prediction: Tensor = self.out(F.silu(self.out_norm(h_BCHW)))
         return prediction
+
+    def _with_previous(self, mask_BKHW: Tensor, previous_BKHW: Tensor | None) -> Tensor:
+        """What the mask encoder sees: x_t and, with self-conditioning, the estimate as further channels."""
+        if not self.config.self_conditioning:
+            if previous_BKHW is not None:
+                raise ValueError("this network takes no previous estimate (self_conditioning is false)")
+            return mask_BKHW
+        known = torch.zeros_like(mask_BKHW) if previous_BKHW is None else previous_BKHW
+        return torch.cat([mask_BKHW, known], dim=1)
 
     @property
     def _first_fusion(self) -> int:

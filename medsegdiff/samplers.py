@@ -1,7 +1,8 @@
 """From noise to a mask: DDPM, DDIM and DPM-Solver++(2M), one signature for all.
 
 Each sampler walks a falling list of timesteps and asks `predict_clean(x_t, t)` for E[x_0 | x_t] once a step; it knows
-neither the network nor the image. abar at "t = -1", behind the last step, is 1: the walk ends on a clean mask.
+neither the network nor the image. abar at "t = -1", behind the last step, is 1: the walk ends on a clean mask. At the
+other end abar may be 0 (zero terminal SNR): pure noise, whose first step every sampler takes exactly.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def _dpm_solver_pp_2m(predict_clean: PredictClean, x: Tensor, walk: Sequence[int
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), data prediction, multistep of second order.
 
     lambda = log(sqrt(abar) / sqrt(1 - abar)); the last step, to lambda = infinity, is of first order and returns x_0.
+    From abar = 0, lambda = -infinity, IEEE arithmetic takes the limit: the first step is infinite, exp(-step) is 0 and
+    x_s = sigma_s x_T + sqrt(abar_s) x_0; in the second the ratio of steps is infinite and x_0 alone the direction.
     """
     log_snr = [0.5 * (torch.tensor(p, dtype=torch.float64).logit().item()) for p in powers[:-1]]
     previous: Tensor | None = None

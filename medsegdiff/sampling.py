@@ -19,7 +19,10 @@ def sample_masks(
     config: SamplingConfig,
     seeds: list[int],
 ) -> Tensor:
-    """One mask for each entry of `indices` into images, (len(indices), K, H, W), in [-1, 1]."""
+    """One mask for each entry of `indices` into images, (len(indices), K, H, W), in [-1, 1].
+
+    A network with self-conditioning sees the clean estimate of the step before; at the first step none.
+    """
     network.eval()
     scale = diffusion.config.mask_scale
     device = images.device
@@ -29,13 +32,18 @@ def sample_masks(
     features = [level[position] for level in network.image_features(images[unique])]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (network.config.mask_channels, *images.shape[-2:])
+    estimate: tuple[Tensor, ...] = ()
 
     def draw() -> Tensor:
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
     def predict_clean(x_t: Tensor, t: int) -> Tensor:
+        nonlocal estimate
         t_B = torch.full((len(x_t),), t, device=device)
-        clean = diffusion.clean_from(network.denoise(x_t, t_B, features), x_t, t_B)
-        return clean.clamp(-scale, scale)  # masks have no values beyond; keeps a poor early step from running away
+        clean = diffusion.clean_from(network.denoise(x_t, t_B, features, *estimate), x_t, t_B)
+        clean = clean.clamp(-scale, scale)  # masks have no values beyond; keeps a poor early step from running away
+        if network.config.self_conditioning:
+            estimate = (clean,)
+        return clean
 
     return sample(predict_clean, draw(), diffusion.alpha_bar, config, draw) / scale

@@ -36,6 +36,8 @@ from medsegdiff.strict import parse_config
         (ModelConfig, {"dropout": math.nan}),
         (DiffusionConfig, {"timesteps": 1}),
         (DiffusionConfig, {"mask_scale": 0.0}),
+        (DiffusionConfig, {"min_snr_gamma": 0.0}),
+        (DiffusionConfig, {"min_snr_gamma": math.nan}),
         (DiffusionConfig, {"mask_scale": math.nan}),
         (SamplingConfig, {"steps": 0}),
         (SamplingConfig, {"members": 0}),
@@ -49,6 +51,8 @@ from medsegdiff.strict import parse_config
         (TrainingConfig, {"learning_rate": math.inf}),
         (TrainingConfig, {"weight_decay": -1e-9}),
         (TrainingConfig, {"gradient_clip": 0.0}),
+        (TrainingConfig, {"auxiliary_weight": 0.0}),
+        (TrainingConfig, {"auxiliary_weight": math.inf}),
         (TrainingConfig, {"warmup_fraction": 1.1}),
         (TrainingConfig, {"final_rate": -0.1}),
         (TrainingConfig, {"foreground_fraction": 2.0}),
@@ -70,6 +74,14 @@ def test_unknown_choices_name_the_known_ones(kind: type, key: str) -> None:
     """A schedule, parametrisation or sampler that is none lists those that are."""
     with pytest.raises(UserError, match=rf"{key}: Input should be '\w+'.*found 'other'"):
         parse_config({key: "other"}, kind, "file")
+
+
+def test_pure_noise_cannot_be_read_as_eps() -> None:
+    """zero_terminal_snr with eps is refused and names the way out; with x0 and v it is not."""
+    with pytest.raises(UserError, match="zero_terminal_snr needs prediction x0 or v"):
+        parse_config({"zero_terminal_snr": True, "prediction": "eps"}, DiffusionConfig, "file")
+    for prediction in ("x0", "v"):
+        parse_config({"zero_terminal_snr": True, "prediction": prediction}, DiffusionConfig, "file")
 
 
 @pytest.mark.parametrize(("name", "downsamplings"), [("tiny", 2), ("S", 4), ("B", 5), ("L", 6)])

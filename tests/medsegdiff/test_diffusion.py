@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medsegdiff.config import DiffusionConfig, Prediction, Schedule
+from medsegdiff.config import DiffusionConfig, Prediction, Schedule, Weighting
 from medsegdiff.diffusion import Diffusion, alpha_bars, to_clean
 
 PREDICTIONS = get_args(Prediction)
@@ -75,6 +76,123 @@ def test_signal_falls_strictly_inside_0_and_1(schedule: Schedule, timesteps: int
 def test_the_linear_schedule_ends_in_noise_whatever_its_length() -> None:
     """Scaling beta by 1000 / T keeps the end below 1e-4 of the signal's power."""
     assert [float(alpha_bars("linear", t)[-1]) < 1e-4 for t in (100, 250, 1000, 4000)] == [True] * 4
+
+
+@pytest.mark.parametrize("timesteps", [2, 10, 1000])
+@pytest.mark.parametrize(("schedule", "by_loop"), [("linear", linear_by_loop), ("cosine", cosine_by_loop)])
+def test_zero_terminal_snr_is_the_papers_algorithm(schedule: Schedule, by_loop: object, timesteps: int) -> None:
+    """Lin et al., algorithm 1, in numpy: the last entry is 0, the first is what it was, between they fall."""
+    table = alpha_bars(schedule, timesteps, zero_terminal_snr=True)
+    root = np.sqrt(by_loop(timesteps))  # type: ignore[operator]
+    expected = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    assert table.dtype == torch.float64
+    np.testing.assert_allclose(table.numpy(), expected, rtol=1e-7, atol=1e-12)
+    assert float(table[-1]) == 0
+    assert float(table[0]) == float(alpha_bars(schedule, timesteps)[0])
+    assert bool((table[1:] < table[:-1]).all())
+    if schedule == "linear" and timesteps > 2:
+        shifted_power = root**2 - root[-1] ** 2  # the power shifted in place of its root, and not stretched
+        assert np.abs(table.numpy() - shifted_power * root[0] ** 2 / shifted_power[0]).max() > 1e-6
+        assert float(alpha_bars(schedule, timesteps)[-1]) > 0
+
+
+def test_zero_terminal_snr_reaches_the_diffusion() -> None:
+    """At T - 1 the network sees the noise itself, and no bit of the mask."""
+    diffusion = Diffusion(DiffusionConfig(zero_terminal_snr=True))
+    clean, noise = drawn((1, 1, 4, 4), 0).sign(), drawn((1, 1, 4, 4), 1)
+    assert torch.equal(diffusion.add_noise(clean, noise, torch.tensor([999])), noise)
+    ordinary = Diffusion(DiffusionConfig()).add_noise(clean, noise, torch.tensor([999]))
+    assert float((ordinary - noise).abs().max()) > 1e-3, "the usual schedule leaves a trace of the mask"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_conversions_are_exact_at_zero_terminal_snr(schedule: Schedule, prediction: Prediction, scale: float) -> None:
+    """At abar = 0 x_0 comes back to the bit, and elsewhere on the table within rounding."""
+    diffusion = Diffusion(
+        DiffusionConfig(schedule=schedule, prediction=prediction, mask_scale=scale, zero_terminal_snr=True)
+    )
+    t_B = torch.tensor([999, 998, 500, 0])
+    clean, noise = scale * drawn((4, 1, 4, 4), 0).sign(), drawn((4, 1, 4, 4), 1)
+    noisy, answer = diffusion.add_noise(clean, noise, t_B), diffusion.target(clean, noise, t_B)
+    read = diffusion.clean_from(answer, noisy, t_B)
+    assert torch.equal(read[0], clean[0])
+    torch.testing.assert_close(read, clean, atol=1e-6, rtol=1e-6)
+    noise_again = to_clean("eps", noise, noisy, *diffusion.powers(t_B))
+    assert not bool(noise_again[0].isfinite().all()), "what eps would give there, and why it is refused"
+
+
+def weight_by_hand(prediction: str, alpha_bar: float, gamma: float) -> float:
+    """Hang et al., section 3.4, for masks of power 1."""
+    snr = alpha_bar / (1 - alpha_bar)
+    return {"x0": min(snr, gamma), "eps": min(snr, gamma) / snr, "v": min(snr, gamma) / (snr + 1)}[prediction]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_weights_are_the_papers(prediction: Prediction, gamma: float) -> None:
+    """Every timestep's weight equals the formula of its parametrisation; another's differs somewhere."""
+    diffusion = Diffusion(DiffusionConfig(prediction=prediction, weighting="min_snr", min_snr_gamma=gamma))
+    weights = diffusion.min_snr_weights(torch.arange(1000)).numpy()
+    table = linear_by_loop(1000)
+    for other in PREDICTIONS:
+        expected = np.array([weight_by_hand(other, float(a), gamma) for a in table])
+        if other == prediction:
+            np.testing.assert_allclose(weights, expected, rtol=1e-6)
+        else:
+            assert np.abs(weights - expected).max() > 0.1
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_min_snr_makes_the_parametrisations_one(scale: float, zero_terminal_snr: bool) -> None:
+    """The same guess at x_0, said as x0, eps or v, costs min(snr, gamma) |x_0 error / b|^2, snr with power b^2."""
+    clean, noise, t_B = (
+        scale * drawn((5, 2, 4, 4), 0).sign(),
+        drawn((5, 2, 4, 4), 1),
+        torch.tensor([0, 50, 400, 700, 900]),
+    )
+    guess = clean + 0.1 * drawn(clean.shape, 2)
+    costs, plain = [], []
+    for prediction in PREDICTIONS:
+        if prediction == "eps" and zero_terminal_snr:
+            continue
+        config = DiffusionConfig(
+            prediction=prediction, mask_scale=scale, weighting="min_snr", zero_terminal_snr=zero_terminal_snr
+        )
+        diffusion, uniform = Diffusion(config), Diffusion(replace(config, weighting="uniform"))
+        signal, sigma = diffusion.powers(t_B)
+        guessed_noise = noise + signal / sigma * (clean - guess)
+        answer = diffusion.target(guess, guessed_noise, t_B)
+        costs.append(float(diffusion.loss(answer, clean, noise, t_B)))
+        plain.append(float(uniform.loss(answer, clean, noise, t_B)))
+    a = diffusion.alpha_bar[t_B].numpy()
+    error = (((guess - clean) / scale) ** 2).mean((1, 2, 3)).numpy()
+    expected = (np.minimum(scale**2 * a / (1 - a), 5) * error).mean()
+    np.testing.assert_allclose(costs, expected, rtol=1e-3)
+    assert max(plain) / min(plain) > 1.2, "unweighted, the parametrisations do not agree"
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_min_snr_is_zero_at_zero_snr(prediction: Prediction) -> None:
+    """No signal, no weight: finite, and only at the very last timestep."""
+    config = DiffusionConfig(prediction=prediction, weighting="min_snr", zero_terminal_snr=True)
+    weights = Diffusion(config).min_snr_weights(torch.arange(1000))
+    assert float(weights[-1]) == 0
+    assert bool((weights[:-1] > 0).all())
+    assert bool(weights.isfinite().all())
+
+
+@pytest.mark.parametrize("weighting", get_args(Weighting))
+def test_the_loss_is_a_mean_over_cases(weighting: Weighting) -> None:
+    """Cases alone average to the batch, each with its own weight."""
+    diffusion, t_B = Diffusion(DiffusionConfig(weighting=weighting)), torch.tensor([0, 300, 900])
+    clean, noise, answer = drawn((3, 2, 4, 4), 0).sign(), drawn((3, 2, 4, 4), 1), drawn((3, 2, 4, 4), 2)
+    alone = [diffusion.loss(*(x[i : i + 1] for x in (answer, clean, noise, t_B))) for i in range(3)]
+    torch.testing.assert_close(diffusion.loss(answer, clean, noise, t_B), torch.stack(alone).mean())
+    swapped = diffusion.loss(answer, clean, noise, t_B.flip(0))
+    assert (abs(float(swapped - torch.stack(alone).mean())) > 0.01) == (weighting == "min_snr")
 
 
 def drawn(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -51,6 +51,21 @@ def test_a_map_equals_numpys_filter(size: int) -> None:
     assert np.abs(filtered - np.fft.irfft2(spectrum * real, s=(size, size))).max() > 0.1, "the phase counts"
 
 
+@pytest.mark.parametrize("shape", [(12, 12), (9, 9)])
+def test_a_low_pass_map_equals_numpys_filter(shape: tuple[int, int]) -> None:
+    """A Gaussian low-pass gives what numpy's FFT gives; its rows out of FFT order, or rounded to bfloat16, do not."""
+    parser, m = FFParser(2, shape[0]), features(2, 2, *shape)
+    expected = np.fft.irfft2(np.fft.rfft2(m.numpy().astype(np.float64)) * low_pass(*shape), s=shape)
+    set_map(parser, low_pass(*shape))
+    np.testing.assert_allclose(parser(m).detach().numpy(), expected, atol=1e-6)
+    set_map(parser, low_pass(*shape).astype(np.float32))
+    with torch.no_grad():
+        parser.map.copy_(parser.map.bfloat16())
+    assert np.abs(parser(m).detach().numpy() - expected).max() > 1e-4
+    set_map(parser, np.fft.fftshift(low_pass(*shape), axes=0))
+    assert np.abs(parser(m).detach().numpy() - expected).max() > 0.1
+
+
 def test_a_low_pass_map_takes_the_high_frequency_and_leaves_the_low_one() -> None:
     """Under a box filter a checkerboard vanishes and a slow wave stays."""
     size = 16
@@ -106,6 +121,18 @@ def test_half_precision_is_filtered_in_full_precision() -> None:
     torch.testing.assert_close(out, m)
 
 
+def test_autocast_does_not_touch_the_filter() -> None:
+    """float32 features leave a random filter under autocast as they do without; a bfloat16 spectrum would show."""
+    parser, m = FFParser(2, 12), features(2, 2, 12, 12)
+    set_map(parser, *np.random.default_rng(0).normal(size=(2, 2, 12, 7)))
+    expected = parser(m)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(parser(m), expected, atol=1e-6, rtol=1e-6)
+    spectrum = torch.view_as_real(torch.fft.rfft2(m)).bfloat16().float()
+    rounded = torch.fft.irfft2(torch.view_as_complex(spectrum) * torch.view_as_complex(parser.map), s=(12, 12))
+    assert float((rounded - expected).abs().max()) > 1e-3
+
+
 def test_the_map_is_one_real_parameter() -> None:
     """Complex parameters break optimizers, aggregation and privacy noise."""
     parser = FFParser(3, 10)
@@ -125,6 +152,17 @@ def test_fusion_is_the_papers_formula_beside_the_image() -> None:
 
     expected = image.numpy() * (1 + norm(image) * norm(mask))
     np.testing.assert_allclose(fusion(image, mask).detach().numpy(), expected, atol=1e-4)
+
+
+def test_fusion_without_its_parser_sees_the_mask_unfiltered() -> None:
+    """The ablation has no map and equals the fusion whose map is the identity; with another map it does not."""
+    with_parser, without = DynamicFusion(4, 8), DynamicFusion(4, 8, ff_parser=False)
+    assert set(dict(with_parser.named_parameters())) - set(dict(without.named_parameters())) == {"parser.map"}
+    image, mask = features(2, 4, 8, 8), features(2, 4, 8, 8, seed=1)
+    torch.testing.assert_close(without(image, mask), with_parser(image, mask), atol=1e-5, rtol=1e-5)
+    assert isinstance(with_parser.parser, FFParser)
+    set_map(with_parser.parser, low_pass(8, 8))
+    assert float((without(image, mask) - with_parser(image, mask)).abs().max()) > 0.1
 
 
 def test_fusion_depends_on_both_inputs_and_mixes_no_cases() -> None:

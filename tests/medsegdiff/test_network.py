@@ -223,6 +223,70 @@ def test_per_case_gradients_by_vmap_equal_the_loop() -> None:
         torch.testing.assert_close(per_case[name].mean(0), p.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
+HEADED = replace(SMALL, auxiliary_head=True, self_conditioning=True)
+
+
+@pytest.mark.parametrize("fusion_levels", FUSIONS)
+@torch.no_grad()
+def test_the_auxiliary_mask_is_the_images_alone(fusion_levels: tuple[int, ...]) -> None:
+    """tanh of half the log-odds, of the mask's shape, case by case, with no fusion taking part."""
+    net, (mask, _, image) = network(replace(HEADED, fusion_levels=fusion_levels)).eval(), inputs()
+    for fusion in net.fusions.values():
+        fusion.register_forward_hook(lambda *_: pytest.fail("a fusion was asked"))
+    answer = net.auxiliary(image)
+    assert answer.shape == mask.shape
+    assert float(answer.abs().max()) < 1
+    probability = net.auxiliary_logits(net.image_features(image)).sigmoid()
+    torch.testing.assert_close(answer, 2 * probability - 1, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(answer[1:], net.auxiliary(image[1:]), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(answer[0], answer[1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_auxiliary_head_reads_every_level() -> None:
+    """Noise in the features of any level moves the mask, the levels beyond the first fusion included."""
+    net, (_, _, image) = network(HEADED).eval(), inputs()
+    answer = net.auxiliary(image)
+    for level, stage in enumerate(net.image_stages):
+        hook = stage.register_forward_hook(lambda module, args, out: out + torch.ones_like(out[:, :1]).cumsum(3))
+        assert not torch.allclose(net.auxiliary(image), answer, atol=1e-3), level
+        hook.remove()
+    assert torch.equal(net.auxiliary(image), answer)
+
+
+@pytest.mark.parametrize("size", [4, 12, 20])
+def test_the_auxiliary_head_takes_other_sizes(size: int) -> None:
+    """Any size divisible by the downsampling, and sides that differ."""
+    mask, _, image = inputs(size=size)
+    assert network(HEADED).auxiliary(image).shape == mask.shape
+    assert network(HEADED).auxiliary(image[..., :4]).shape == mask[..., :4].shape
+
+
+def test_a_network_without_the_head_says_so() -> None:
+    """There is no silent answer of another kind."""
+    with pytest.raises(ValueError, match="auxiliary_head is false"):
+        network().auxiliary(inputs()[2])
+
+
+@torch.no_grad()
+def test_the_previous_estimate_is_seen_beside_the_mask() -> None:
+    """It changes the answer, none is the same as zeros, and the two are not interchangeable."""
+    net, (mask, t, image) = network(HEADED).eval(), inputs()
+    estimate = mask.sign()
+    answer = net(mask, t, image, estimate)
+    assert not torch.allclose(answer, net(mask, t, image), atol=1e-4)
+    assert torch.equal(net(mask, t, image), net(mask, t, image, torch.zeros_like(mask)))
+    assert not torch.allclose(answer, net(estimate, t, image, mask), atol=1e-4)
+    assert torch.equal(net.denoise(mask, t, net.image_features(image), estimate), answer)
+
+
+def test_an_estimate_for_a_network_that_takes_none_is_an_error() -> None:
+    """It is not ignored in silence."""
+    mask, t, image = inputs()
+    with pytest.raises(ValueError, match="self_conditioning is false"):
+        network()(mask, t, image, mask)
+
+
 def test_the_time_embedding_is_the_papers_sinusoids() -> None:
     """cos and sin of t / 10000^(i / half), by loop; timesteps are told apart."""
     out = timestep_embedding(torch.tensor([0, 1, 537, 999]), 16).double()

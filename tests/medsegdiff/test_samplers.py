@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.special import expit, ndtri
 from torch import Tensor
 
-from medsegdiff.config import Sampler, SamplingConfig
+from medsegdiff.config import Sampler, SamplingConfig, Schedule
 from medsegdiff.diffusion import alpha_bars
 from medsegdiff.samplers import _ddim, _dpm_solver_pp_2m, sample, timestep_walk
 
@@ -55,9 +55,10 @@ def test_a_full_walk_takes_every_timestep() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_ddpm_and_full_ddim_equal_the_papers_ancestral_loop(schedule: str) -> None:
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_ddpm_and_full_ddim_equal_the_papers_ancestral_loop(schedule: str, zero_terminal_snr: bool) -> None:
     """With the same noise, ddpm and ddim (eta = 1, all steps) are Ho et al. 2020, eq. 6-7, written with betas."""
-    table = alpha_bars(schedule, 60)  # type: ignore[arg-type]
+    table = alpha_bars(schedule, 60, zero_terminal_snr)  # type: ignore[arg-type]
     start = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def drawer() -> Callable[[], Tensor]:
@@ -192,12 +193,57 @@ def test_a_ratio_turned_over_is_not_the_papers_formula() -> None:
     assert abs(run_on(grid, _dpm_solver_pp_2m) - two_m(grid, X_START, lambda r: 0.5 * r)) > 1e-4
 
 
-def binary_probability(sampler: Sampler, steps: int, eta: float = 0.0, prior: float = 0.1) -> float:
+STAIRS = [0.1, 0.4, 0.8, 1.0]  # abar on the way from pure noise to a clean mask
+
+
+def from_noise(solver: Callable[..., Tensor], first: float, *more: object) -> Tensor:
+    """Five starts walked up STAIRS from abar = `first`."""
+    powers = [first, *STAIRS]
+    start = torch.linspace(-2, 2, 5, dtype=torch.float64)
+    return solver(lambda x, t: gaussian_mean(x, powers[t]), start, range(4), powers, *more)
+
+
+def test_dpm_solver_from_pure_noise_is_the_limit() -> None:
+    """From abar = 0 the walk is the closed form written out; a stand-in such as 1e-4 for 0 is not."""
+    x, answers = torch.linspace(-2, 2, 5, dtype=torch.float64), []
+    powers = [0.0, *STAIRS]
+    for index in range(3):
+        here, there = powers[index], powers[index + 1]
+        answers.append(gaussian_mean(x, here))
+        ratio_of_sigmas = math.sqrt((1 - there) / (1 - here))
+        # exp(-h) = (sigma_s / alpha_s) (alpha_t / sigma_t), 0 from pure noise
+        shrink = ratio_of_sigmas * math.sqrt(here / there)
+        direction = answers[-1]
+        if index == 2:  # the step before had a finite length; the first was infinite and is no slope
+            lambdas = [0.5 * math.log(p / (1 - p)) for p in powers[1:4]]
+            ratio = (lambdas[1] - lambdas[0]) / (lambdas[2] - lambdas[1])
+            direction = direction + (answers[-1] - answers[-2]) / (2 * ratio)
+        x = ratio_of_sigmas * x + math.sqrt(there) * (1 - shrink) * direction
+    torch.testing.assert_close(from_noise(_dpm_solver_pp_2m, 0.0), gaussian_mean(x, powers[3]), rtol=0, atol=1e-13)
+    assert float((from_noise(_dpm_solver_pp_2m, 1e-4) - gaussian_mean(x, powers[3])).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_samplers_are_continuous_at_pure_noise(eta: float) -> None:
+    """As abar falls to 0, the walk of DDIM, of DDPM and of DPM-Solver++ tends to that from abar = 0."""
+    drawn = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    for solver, more in ((_ddim, (eta, lambda: drawn)), (_dpm_solver_pp_2m, ())):
+        limit = from_noise(solver, 0.0, *more)
+        gaps = [float((from_noise(solver, first, *more) - limit).abs().max()) for first in (1e-6, 1e-10, 1e-18, 1e-30)]
+        assert gaps == sorted(gaps, reverse=True)
+        assert gaps[0] > gaps[2]
+        # The slope of the second step of DPM-Solver++ fades with 1 / log(1 / abar) alone, DDIM with sqrt(abar).
+        assert gaps[3] < (1e-14 if solver is _ddim else 0.02)
+
+
+def binary_probability(
+    sampler: Sampler, steps: int, eta: float = 0.0, prior: float = 0.1, zero_terminal_snr: bool = False
+) -> float:
     """P(sample > 0) of the toy pixel x_0 = +1 with probability `prior`, else -1; T = 1000, linear.
 
     Without noise the walk maps the start to the end, so quantiles of the start integrate it without Monte Carlo.
     """
-    table = alpha_bars("linear", 1000)
+    table = alpha_bars("linear", 1000, zero_terminal_snr)
 
     def clean(x: Tensor, t: int) -> Tensor:
         power = float(table[t])
@@ -228,10 +274,12 @@ def test_the_binary_toy_has_not_moved(sampler: Sampler, steps: int, measured: fl
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddim"])
-def test_the_binary_toy_converges_to_its_prior(sampler: Sampler) -> None:
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_the_binary_toy_converges_to_its_prior(sampler: Sampler, zero_terminal_snr: bool) -> None:
     """Many steps draw a pixel as often as the data hold it, for a rare and for a common pixel."""
-    assert binary_probability(sampler, 250) == pytest.approx(0.1, abs=0.002)
-    assert binary_probability(sampler, 250, prior=0.7) == pytest.approx(0.7, abs=0.002)
+    for prior in (0.1, 0.7):
+        drawn = binary_probability(sampler, 250, prior=prior, zero_terminal_snr=zero_terminal_snr)
+        assert drawn == pytest.approx(prior, abs=0.002)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
@@ -241,6 +289,22 @@ def test_one_step_is_the_posterior_mean(sampler: Sampler) -> None:
     start = torch.randn(5, generator=torch.Generator().manual_seed(0))
     end = sample(gaussian_clean(table), start, table, SamplingConfig(sampler, steps=1), no_noise)
     torch.testing.assert_close(end, gaussian_mean(start, float(table[-1])))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_zero_terminal_snr_keeps_the_moments_of_the_data(sampler: Sampler, schedule: Schedule) -> None:
+    """300 steps from abar = 0 give the Gaussian toy's mean and deviation; a toy 10 % wider is told apart."""
+    table, count = alpha_bars(schedule, 300, zero_terminal_snr=True), 20_000
+    generator = torch.Generator().manual_seed(0)
+    start = torch.from_numpy(ndtri((np.arange(count) + 0.5) / count))
+    samples = sample(
+        gaussian_clean(table), start, table, SamplingConfig(sampler, steps=300),
+        lambda: torch.randn(count, generator=generator, dtype=torch.float64),
+    )  # fmt: skip
+    assert float(samples.mean()) == pytest.approx(MU, abs=5 * S / math.sqrt(count) + 0.003)
+    assert float(samples.std()) / S == pytest.approx(1, abs=0.045)
+    assert float(samples.std()) / (1.1 * S) != pytest.approx(1, abs=0.045)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
