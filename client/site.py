@@ -29,7 +29,8 @@ class SiteConfig(Strict):
     name: str
     data: str  # dataset folder, relative to site.yaml
     cache: str | None = None  # folder for preprocessed slices; default: MEDSEGFED_CACHE, else `cache` beside site.yaml
-    device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:1"
+    device: str | int = "auto"  # "auto", "cpu", "cuda", a GPU's index (1) or part of its name ("H200")
+    compile: bool = False  # have torch compile each round's training: a minute at its start, faster steps after it
 
 
 @dataclass(frozen=True)

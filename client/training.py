@@ -36,7 +36,7 @@ def train_round(
     segmenter.network.to(device)
     first = (assignment.round - 1) * task.local_steps
     total = task.rounds * task.local_steps
-    trainer = make_trainer(segmenter, task, data.train, site.name, total, task.proximal_mu)
+    trainer = make_trainer(segmenter, task, data.train, site.name, total, task.proximal_mu, site.config.compile)
 
     def tell(step: int, loss: float) -> None:
         report(Progress("train", step - first, task.local_steps, site.name, assignment.round, loss))
@@ -64,9 +64,12 @@ def make_trainer(
     name: str,
     total_steps: int,
     proximal_mu: float = 0.0,
+    compile: bool = False,
 ) -> Trainer:
     """A trainer as the task describes it; `name` (a site's, or an arm's) sets its batches and noise apart."""
     torch.set_num_threads(task.threads)  # the thread count changes the order of sums, hence the bits
     seed = derive_seed(task.seed, "train", name)
     batches = SliceBatches(cases, segmenter.scheme, task.training, seed)
-    return Trainer(segmenter.network, segmenter.diffusion, batches, task.training, total_steps, seed, proximal_mu)
+    return Trainer(
+        segmenter.network, segmenter.diffusion, batches, task.training, total_steps, seed, proximal_mu, compile=compile
+    )

@@ -19,6 +19,7 @@ from medsegdiff.ensemble import derive_seed
 from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
 from medsegdiff.labels import LabelScheme
+from medsegdiff.network import channels_last
 from medsegdiff.progress import Progress, report
 from medsegdiff.strict import Strict, compact_json
 from medsegdiff.training import Trainer
@@ -54,14 +55,21 @@ def training_cases(dataset: Dataset, image_size: int, cache: Path) -> tuple[list
     return train, test
 
 
-def train_alone(dataset: Dataset, wanted: TrainAlone, out: Path, cache: Path, device: str, resume: bool) -> Path:
+def train_alone(
+    dataset: Dataset, wanted: TrainAlone, out: Path, cache: Path, device: str, resume: bool, compile: bool = False
+) -> Path:
     """Train a model on a dataset's training patients; returns the path of model.safetensors.
 
     A killed training goes on with `resume` and ends with the same bits.
 
+    Args:
+        device: as `choose_device` reads it. Like `compile`, it may change when a training goes on; the bits then do.
+        compile: have torch compile the training step.
+
     Raises:
-        UserError: `out` holds a training already (or none, with resume), or another one.
+        UserError: there is no such device; `out` holds a training already (or none, with resume), or another one.
     """
+    place = choose_device(device)  # before hours of preparation
     state_path = out / "state.safetensors"
     _check_out(out, state_path, resume)
     train, _ = training_cases(dataset, wanted.model.image_size, cache)
@@ -69,13 +77,14 @@ def train_alone(dataset: Dataset, wanted: TrainAlone, out: Path, cache: Path, de
     card = ModelCard(wanted.model, wanted.diffusion, wanted.sampling, dataset.config)
     torch.set_num_threads(wanted.threads)
     segmenter = build(card, initial_weights(wanted.model, wanted.seed))
-    segmenter.network.to(choose_device(device))
+    channels_last(segmenter.network).to(place)  # before the average is taken: equal layouts update in one sweep
     average = WeightAverage(segmenter.network, wanted.ema_decay) if wanted.ema_decay > 0 else None
     seed = derive_seed(wanted.seed, "train", "alone")
     batches = SliceBatches(train, LabelScheme.of(dataset.config), wanted.training, seed)
     trainer = Trainer(
-        segmenter.network, segmenter.diffusion, batches, wanted.training, wanted.steps, seed, average=average
-    )
+        segmenter.network, segmenter.diffusion, batches, wanted.training, wanted.steps, seed,
+        average=average, compile=compile,
+    )  # fmt: skip
     done = _restore(trainer, state_path, compact_json(wanted)) if resume else 0
     while done < wanted.steps:
         last = min(done + SAVE_EVERY, wanted.steps)

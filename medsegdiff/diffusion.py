@@ -50,7 +50,7 @@ class Diffusion:
 
     def powers(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), each (B, 1, 1, 1), float32."""
-        alpha_bar = self.alpha_bar[t_B.cpu()].to(t_B.device)
+        alpha_bar = self.alpha_bar.to(t_B.device)[t_B]  # the table travels: t_B.cpu() would halt a GPU at every step
         return _as_map(alpha_bar.sqrt()), _as_map((1 - alpha_bar).sqrt())
 
     def add_noise(self, mask_0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Diffusion:
         T - 1 is 0: what the network says of pure noise is then learnt from the timesteps before alone.
         """
         power = self.config.mask_scale**2
-        alpha_bar = self.alpha_bar[t_B.cpu()]
+        alpha_bar = self.alpha_bar.to(t_B.device)[t_B]
         snr = power * alpha_bar / (1 - alpha_bar)
         # Squared error of the answer over that of x_0 / b.
         ratio = {"x0": torch.full_like(snr, power), "eps": snr, "v": snr + power}[self.config.prediction]
