@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,13 @@ def synthetic(batch: int) -> tuple[Tensor, Tensor]:
     images = torch.randn(batch, 1, SIZE, SIZE, generator=generator)
     masks = (torch.randn(batch, 1, SIZE, SIZE, generator=generator) > 0).float() * 2 - 1
     return images, masks
+
+
+class Batches(Protocol):
+    """Where a training's slices come from."""
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images and masks of one step."""
 
 
 class FixedBatch:

@@ -1,4 +1,4 @@
-"""Milliseconds of a training step and of a sampling step, beside med-seg-diff-pytorch: python -m benchmarks.speed"""
+"""Milliseconds of a training step and of a sampling step, beside two other networks: python -m benchmarks.speed"""
 
 from __future__ import annotations
 
@@ -6,53 +6,70 @@ import argparse
 import statistics
 import sys
 
-from benchmarks.models import OURS, PEER
+from benchmarks.models import MONAI, OURS, PEER
 from benchmarks.turns import PEER_PYTHON, Answer, Worker, hardware, publish, spread, table
 
 STEPS = ("train", "sample", "forward")
+MODELS = {"ours": OURS, "peer": PEER, "monai": MONAI}
+SIDES: dict[str, tuple[str, dict[str, object]]] = {  # name -> whose network, and how it runs
+    "ours": ("ours", {"precision": "fp32"}),
+    "ours_bf16": ("ours", {"precision": "bf16"}),
+    "ours_bf16_compiled": ("ours", {"precision": "bf16", "compile": True}),
+    "peer": ("peer", {"precision": "fp32"}),
+    "peer_bf16": ("peer", {"precision": "bf16"}),
+    "monai": ("monai", {"precision": "fp32"}),
+    "monai_bf16": ("monai", {"precision": "bf16"}),
+}
 
 
-def measure(rounds: int, block: int, batch: int, threads: int) -> Answer:
+def measure(rounds: int, block: int, batch: int, threads: int, compiled: bool) -> Answer:
     """Blocks of steps in turn; who begins changes from round to round."""
-    ours = Worker("benchmarks.ours", sys.executable, threads)
-    peer = Worker("benchmarks.peer", PEER_PYTHON, threads)
-    sides = {"ours": ours, "ours_bf16": ours, "peer": peer}
-    facts = {
-        "ours": ours.ask("prepare_speed", name="ours", model=OURS, batch=batch, bf16=False),
-        "ours_bf16": ours.ask("prepare_speed", name="ours_bf16", model=OURS, batch=batch, bf16=True),
-        "peer": peer.ask("prepare_speed", name="peer", model=PEER, batch=batch),
+    workers = {
+        "ours": Worker("benchmarks.ours", sys.executable, threads),
+        "peer": Worker("benchmarks.peer", PEER_PYTHON, threads),
+        "monai": Worker("benchmarks.monai_peer", PEER_PYTHON, threads),
     }
+    facts, sides = {}, {}
+    for name, (who, settings) in SIDES.items():
+        if not compiled and settings.get("compile"):
+            continue
+        facts[name] = workers[who].ask("prepare_speed", name=name, model=MODELS[who], batch=batch, **settings)
+        sides[name] = workers[who]
     times: dict[str, dict[str, list[list[float]]]] = {side: {step: [] for step in STEPS} for side in sides}
     products = []
     for number in range(rounds):
-        products.append(ours.ask("matrix_product")["gflops"])
+        products.append(workers["ours"].ask("matrix_product")["gflops"])
         for step in STEPS:
             for side in sides if number % 2 else reversed(sides):
                 times[side][step].append(sides[side].ask("time_steps", name=side, step=step, count=block)["ms"])
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
-    for worker in (ours, peer):
+    for worker in workers.values():
         worker.close()
     return {
-        "what": "ms per step, fp32 (ours_bf16: bfloat16 autocast); 'sample' of ours: image features are cached, as "
-        "they are in sampling; 'forward': the whole network",
+        "what": "ms per step, fp32 or bfloat16 autocast; 'sample' of ours: image features are cached, as they are in "
+        "sampling; 'forward': the whole network; 'share': GFLOP/s over those of the plain fp32 matrix product",
         "hardware": hardware(threads),
         "batch": batch,
         "image_size": 64,
         "rounds": rounds,
         "steps_a_block": block,
         "matrix_product_gflops": spread(products, 1),
-        "sides": {side: _side(facts[side], times[side]) for side in sides},
-        "models": {"ours": OURS, "peer": {"package": "med-seg-diff-pytorch", **PEER}},
-        "peer_over_ours": {step: _ratio(times["peer"][step], times["ours"][step]) for step in STEPS},
-    }
+        "sides": {side: _side(facts[side], times[side], statistics.median(products)) for side in sides},
+        "models": {"ours": OURS, "peer": {"package": "med-seg-diff-pytorch", **PEER}, "monai": MONAI},
+        "slower_than_ours": {
+            f"{other} / {side}": {step: _ratio(times[other][step], times[side][step]) for step in STEPS}
+            for side in sides if side.startswith("ours") for other in sides if not other.startswith("ours")
+        },
+    }  # fmt: skip
 
 
-def _side(facts: Answer, times: dict[str, list[list[float]]]) -> Answer:
+def _side(facts: Answer, times: dict[str, list[list[float]]], product: float) -> Answer:
     steps = {}
     for step in STEPS:
         found = spread([ms for block in times[step] for ms in block])
         work = facts["gflop"][step]
-        steps[step] = {"ms": found, "gflop": work, "gflops": round(work / found["median"] * 1e3, 1)}
+        rate = work / found["median"] * 1e3
+        steps[step] = {"ms": found, "gflop": work, "gflops": round(rate, 1), "share": round(rate / product, 3)}
     return {key: value for key, value in facts.items() if key != "gflop"} | steps
 
 
@@ -71,13 +88,15 @@ def describe(result: Answer) -> str:
             ms, work = facts[step]["ms"], facts[step]
             low, high = ms["quartiles"]
             million = f"{facts['parameters'] / 1e6:.2f}"
-            rows.append([f"{side} {step}", million, ms["median"], f"{low}-{high}", work["gflop"], work["gflops"]])
+            rows.append(
+                [f"{side} {step}", million, ms["median"], f"{low}-{high}", work["gflop"], work["gflops"], work["share"]]
+            )
     ratios = [
-        f"peer / ours, {step}: {found['of_medians']} (per round {found['per_round']['quartiles']})"
-        for step, found in result["peer_over_ours"].items()
+        f"{pair}: " + ", ".join(f"{step} {found[step]['of_medians']}" for step in STEPS)
+        for pair, found in result["slower_than_ours"].items()
     ]
     product = f"matrix product: {result['matrix_product_gflops']['median']} GFLOP/s"
-    header = ["side and step", "M params", "ms", "quartiles", "GFLOP", "GFLOP/s"]
+    header = ["side and step", "M params", "ms", "quartiles", "GFLOP", "GFLOP/s", "of product"]
     return "\n".join([table(header, rows), *ratios, product])
 
 
@@ -88,12 +107,13 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=5, help="steps a turn")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-compiled", dest="compiled", action="store_false", help="leave the compiled side out")
     parser.add_argument(
         "--quick", action="store_true", help="a smoke test: 2 rounds of 2 steps, written to speed_quick"
     )
     given = parser.parse_args()
     rounds, block = (2, 2) if given.quick else (given.rounds, given.block)
-    result = measure(rounds, block, given.batch, given.threads)
+    result = measure(rounds, block, given.batch, given.threads, given.compiled)
     publish("speed_quick" if given.quick else "speed", result)
     print(describe(result))
 
