@@ -26,7 +26,7 @@ app = typer.Typer(
     epilog="First steps: medsegfed simulate quickstart",
 )  # fmt: skip
 model_app = typer.Typer(no_args_is_help=True, help="What a model is made of.")
-data_app = typer.Typer(no_args_is_help=True, help="What a dataset holds; virtual sites from it.")
+data_app = typer.Typer(no_args_is_help=True, help="What a dataset holds; published datasets; virtual sites.")
 app.add_typer(model_app, name="model")
 app.add_typer(data_app, name="data")
 
@@ -35,7 +35,10 @@ ConfigOption = Annotated[
     Path | None, typer.Option("--dataset-config", help="dataset.yaml for a folder that has none of its own.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")]
+FuseOption = Annotated[
+    str | None, typer.Option(help="How members make one mask: mean, majority or staple; default: the model's.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, a GPU's index (1) or part of its name (H200).")]
 
 
 @app.command()
@@ -75,7 +78,9 @@ def train(
     preset: Annotated[str, typer.Option(help="Network: tiny, S, B or L.")] = "tiny",
     size: Annotated[int | None, typer.Option(help="Pixels a side; default: the preset's.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
-    batch: Annotated[int, typer.Option(min=1, help="Slices a step.")] = 16,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Slices a step; taken in parts, to the same effect, where memory is short.")
+    ] = 16,
     learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate (AdamW).")] = 2e-3,
     ema: Annotated[
         float, typer.Option(min=0, max=0.99999, help="Decay of the weight average; 0 switches it off.")
@@ -83,12 +88,18 @@ def train(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same weights.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="torch threads.")] = 2,
     device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 on a GPU that has it.")] = "auto",
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile the network first (a minute or so); pays in long trainings.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Go on with the training that the folder holds.")] = False,
 ) -> None:
     """Train a MedSegDiff on one folder, with no federation anywhere.
 
     Example: medsegfed train DIR -o runs/alone --preset tiny --size 48 --steps 800
     """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--precision {precision}: choose auto, fp32 or bf16.")
     from medsegdiff.alone import TrainAlone, train_alone
     from medsegdiff.config import TrainingConfig
     from medsegdiff.config import preset as make_model
@@ -103,14 +114,18 @@ def train(
         "mask_channels": LabelScheme.of(dataset.config).channels,
     }
     try:
-        training = TrainingConfig(batch_size=batch, learning_rate=learning_rate)
+        training = TrainingConfig(
+            batch_size=batch,
+            learning_rate=learning_rate,
+            precision=precision,  # type: ignore[arg-type]  # checked above
+        )
         wanted = TrainAlone(
             make_model(preset, **channels, **changes), steps, training, ema_decay=ema, seed=seed, threads=threads
         )
     except ValueError as error:
         raise UserError(f"{error}.") from error
     with _progress("train"):
-        model = train_alone(dataset, wanted, out, cache_folder(), device, resume)
+        model = train_alone(dataset, wanted, out, cache_folder(), device, resume, compile_)
     typer.echo(f"Model: {model}\nNext: medsegfed evaluate {model} {folder} --split test")
 
 
@@ -122,19 +137,21 @@ def evaluate(
     split: Annotated[str, typer.Option(help="all (those trained on too), or one split: train, val, test.")] = "all",
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the model's.")] = None,
     members: Annotated[int | None, typer.Option(min=1, help="Samples an image; default: the model's.")] = None,
+    fuse: FuseOption = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     threads: Annotated[int, typer.Option(min=1, help="torch threads.")] = 2,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Score a model: Dice and HD95 per patient, slices restacked.
+    """Score a model: Dice and HD95 per patient, slices restacked; volume ranges with several --members.
 
-    Example: medsegfed evaluate runs/alone/model.safetensors DIR --split test
+    Example: medsegfed evaluate runs/alone/model.safetensors DIR --split test --members 5
     """
     from deploy.scoring import evaluate_folder, scores_table
 
+    changes = _sampling(steps, members, fuse)
     with _progress("evaluate"):
-        result = evaluate_folder(model, folder, dataset_config, split, _sampling(steps, members), seed, threads, device)
+        result = evaluate_folder(model, folder, dataset_config, split, changes, seed, threads, device)
     if as_json:
         _print_json(result)
         return
@@ -150,26 +167,32 @@ def segment(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the masks.")],
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the model's.")] = None,
     members: Annotated[int, typer.Option(min=1, help="Samples an image; their spread is the uncertainty.")] = 5,
+    fuse: FuseOption = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     threads: Annotated[int, typer.Option(min=1, help="torch threads.")] = 2,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """From a scan to a mask on the scan's own grid, with an uncertainty map (percent of one bit).
+    """From a scan to a mask on the scan's own grid, with uncertainty maps and the range of volumes.
+
+    NAME_uncertainty: entropy of the members' votes, percent of one bit. NAME_variance: of their values, percent of the
+    largest there can be. NAME.json: volume of the mask, and of the smallest and the largest member.
 
     Example: medsegfed segment model.safetensors scan.nii.gz -o masks
     """
     from deploy.scoring import segment_scans
 
+    changes = _sampling(steps, members, fuse)
     with _progress("segment"):
-        results, faults = segment_scans(model, scans, out, _sampling(steps, members), seed, threads, device)
+        results, faults = segment_scans(model, scans, out, changes, seed, threads, device)
     if as_json:
         _print_json({"segmented": results, "failed": faults})
     else:
         for result in results:
-            volumes = ", ".join(f"{name} {ml} ml" for name, ml in result["volumes_ml"].items() if ml is not None)
-            written = [*result["masks"], *([result["uncertainty"]] if result["uncertainty"] else [])]
-            typer.echo(f"{result['scan']} -> {', '.join(written)}" + (f" ({volumes})" if volumes else ""))
+            maps = [path for path in (result["uncertainty"], result["variance"]) if path]
+            volumes = ", ".join(_volume(result, name) for name, ml in result["volumes_ml"].items() if ml is not None)
+            written = ", ".join(result["masks"] + maps)
+            typer.echo(f"{result['scan']} -> {written}" + (f" ({volumes})" if volumes else ""))
         for fault in faults:
             typer.echo(f"not segmented: {fault['reason']}", err=True)
     if faults:
@@ -180,14 +203,14 @@ def segment(
 def model_show(
     preset: Annotated[str, typer.Argument(help="tiny, S, B or L.")],
     size: Annotated[int | None, typer.Option(min=1, help="Pixels a side; default: the preset's.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Slices a training step.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Slices at once.")] = 1,
     channels: Annotated[int, typer.Option(min=1, help="Image channels.")] = 1,
     classes: Annotated[int, typer.Option(min=1, help="Mask channels.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Parameters, GFLOP of a forward pass, and memory of a preset.
+    """Parameters, GFLOP, and the memory that a GPU needs for a preset, in fp32 and in bf16.
 
-    Example: medsegfed model show S --size 128 --batch 8
+    Example: medsegfed model show B --size 256 --batch 8
     """
     from deploy.model_card import describe_preset, description_lines
 
@@ -196,6 +219,42 @@ def model_show(
         _print_json(figures)
     else:
         typer.echo("\n".join(description_lines(figures)))
+
+
+@model_app.command("export")
+def model_export(
+    model: Annotated[Path, typer.Argument(help="A model.safetensors.")],
+    to: Annotated[str, typer.Option(help="onnx or monai-bundle.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must be new or empty.")],
+    size: Annotated[
+        int | None, typer.Option(min=1, help="ONNX: pixels a side of the images; default: the model's.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A model for other programs: ONNX graphs checked against torch, or a bundle that MONAI runs (docs/export.md).
+
+    Example: medsegfed model export model.safetensors --to onnx -o exported
+    """
+    if to not in ("onnx", "monai-bundle"):
+        raise UserError(f"--to {to}: choose onnx or monai-bundle.")
+    if to == "onnx":
+        from deploy.export import export_onnx
+
+        written = export_onnx(model, out, size)
+    elif size is None:
+        from deploy.bundle import export_bundle
+
+        written = export_bundle(model, out)
+    else:
+        raise UserError("--size is for --to onnx; a bundle holds the model itself. Leave it out.")
+    if as_json:
+        _print_json(vars(written))
+        return
+    typer.echo("\n".join(f"{out / name}" for name in written.files))
+    if written.relative_error is None:
+        typer.echo(f"Next: see {out / 'docs' / 'README.md'}")
+    else:
+        typer.echo(f"Largest relative difference from torch: {written.relative_error:.1e}\nNext: see docs/export.md")
 
 
 @data_app.command("check")
@@ -217,6 +276,42 @@ def data_check(
         _print_json(found)
     else:
         typer.echo("\n".join(check_lines(found)))
+
+
+def _list_published(wanted: bool) -> None:
+    if wanted:
+        from simulations.published.catalogue import catalogue_lines
+
+        typer.echo("\n".join(catalogue_lines()))
+        raise typer.Exit
+
+
+@data_app.command("import")
+def data_import(
+    name: Annotated[str, typer.Argument(help="Which dataset; --list names them.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Where it lies, as its authors distribute it.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; must be new or empty.")],
+    _: Annotated[
+        bool,
+        typer.Option("--list", is_eager=True, callback=_list_published, help="Names, and where each is to be had."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """A published dataset brought to the form that is read here: cases.csv, dataset.yaml, images/, masks/.
+
+    Example: medsegfed data import isic2018 downloads/isic data/isic2018
+    """
+    from simulations.published.catalogue import published
+    from simulations.published.layout import import_published, summary_lines
+
+    dataset = published(name)
+    with _progress("import"):
+        summary = import_published(dataset, source, target)
+    if as_json:
+        _print_json({**vars(summary), "folder": str(target)})
+        return
+    typer.echo("\n".join(summary_lines(summary)))
+    typer.echo(f"Next: medsegfed data check {target}, then medsegfed simulate {name} --data {target}")
 
 
 @data_app.command("split")
@@ -254,8 +349,17 @@ def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False))
 
 
-def _sampling(steps: int | None, members: int | None) -> dict[str, int]:
-    return {name: value for name, value in (("steps", steps), ("members", members)) if value is not None}
+def _volume(result: dict[str, Any], target: str) -> str:
+    interval = result["interval_ml"][target]
+    members = f" [{interval[0]}, {interval[1]}]" if interval else ""
+    return f"{target} {result['volumes_ml'][target]} ml{members}"
+
+
+def _sampling(steps: int | None, members: int | None, fuse: str | None) -> dict[str, Any]:
+    if fuse not in (None, "mean", "majority", "staple"):
+        raise UserError(f"--fuse {fuse}: choose mean, majority or staple.")
+    chosen = {"steps": steps, "members": members, "fuse": fuse}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _progress(stage: str) -> Any:

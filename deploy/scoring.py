@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from medsegdiff.devices import choose_device
 from medsegdiff.errors import UserError
 from medsegdiff.evaluation import score_cases
 from medsegdiff.labels import LabelScheme
+from medsegdiff.metrics import PatientScore, coverage
 from medsegdiff.network import channels_last
 from medsegdiff.progress import Progress, report
 from medsegdiff.segment import segment_scan
@@ -28,10 +29,13 @@ from simulations.simulate import cache_folder
 
 
 def evaluate_folder(
-    model: Path, folder: Path, dataset_config: Path | None, split: str, changes: Mapping[str, int], seed: int,
+    model: Path, folder: Path, dataset_config: Path | None, split: str, changes: Mapping[str, Any], seed: int,
     threads: int, device: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a model on a dataset's patients; plain data, ready for JSON.
+
+    With several members each patient's true volume stands beside the members' range, and the summary says how often
+    the range held it (null with one member).
 
     Raises:
         UserError: no model, no dataset, other channels or labels than the model's, or no patient in the split.
@@ -60,32 +64,53 @@ def evaluate_folder(
     patients = score_cases(segmenter, cases, sampling, seed)
     return {
         "model": str(model), "folder": str(folder), "dataset": card.dataset.name, "split": split,
-        "patients": [vars(patient) for patient in patients], "summary": summarise(patients),
+        "patients": [_plain(patient) for patient in patients],
+        "summary": summarise(patients) | {"volume_coverage": _coverage(patients, sampling.members)},
         "left_out": [vars(fault) for fault in prepared.faults],
     }  # fmt: skip
 
 
+def _plain(patient: PatientScore) -> dict[str, Any]:
+    sizes = {target: asdict(size) | {"covered": size.covered} for target, size in patient.sizes.items()}
+    return vars(patient) | {"sizes": sizes or None}
+
+
+def _coverage(patients: Sequence[PatientScore], members: int) -> dict[str, Any] | None:
+    return {target: asdict(found) for target, found in coverage(patients, members).items()} or None
+
+
 def scores_table(result: Mapping[str, Any]) -> Table:
-    """One row a patient, and the mean."""
+    """One row a patient, and the mean; with several members also volumes: true, predicted, and the members' range."""
     table = Table(title=f"{result['folder']} read as {result['dataset']}, split {result['split']}")
     table.add_column("patient")
     targets = list(result["patients"][0]["dice"])
+    found = result["summary"]["volume_coverage"]
     for target in targets:
         table.add_column(f"Dice {target}", justify="right")
         table.add_column(f"HD95 {target} (mm)", justify="right")
+        if found:
+            table.add_column(f"volume {target}", justify="right")
     for patient in result["patients"]:
-        cells = [(patient["dice"][t], patient["hd95_mm"][t]) for t in targets]
-        table.add_row(patient["patient_id"], *(text for d, h in cells for text in (_figure(d), _figure(h, 1))))
+        cells: list[str] = []
+        for t in targets:
+            cells += [_figure(patient["dice"][t]), _figure(patient["hd95_mm"][t], 1)]
+            cells += [_size(patient["sizes"][t])] if found else []
+        table.add_row(patient["patient_id"], *cells)
     table.add_section()
-    by_target = result["summary"]["dice_by_target"]
-    table.add_row("mean", *(text for t in targets for text in (_figure(by_target[t]), _mean_hd95(result, t))))
+    cells = []
+    for t in targets:
+        cells += [_figure(result["summary"]["dice_by_target"][t]), _mean_hd95(result, t)]
+        cells += [""] if found else []
+    table.add_row("mean", *cells)
+    notes = [_coverage_line(found)] if found else []
     if result["left_out"]:
-        table.caption = f"{len(result['left_out'])} cases are left out: {result['left_out'][0]['reason']}"
+        notes.append(f"{len(result['left_out'])} cases are left out: {result['left_out'][0]['reason']}")
+    table.caption = "\n".join(notes) or None
     return table
 
 
 def segment_scans(
-    model: Path, scans: Sequence[str], out: Path, changes: Mapping[str, int], seed: int, threads: int, device: str
+    model: Path, scans: Sequence[str], out: Path, changes: Mapping[str, Any], seed: int, threads: int, device: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Segment scans one after the other; a bad one is named and the others go on.
 
@@ -139,14 +164,33 @@ def check_lines(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _ready(model: Path, changes: Mapping[str, int], threads: int, device: str) -> tuple[Segmenter, SamplingConfig]:
+def _ready(model: Path, changes: Mapping[str, Any], threads: int, device: str) -> tuple[Segmenter, SamplingConfig]:
     segmenter = load_model(model)
     torch.set_num_threads(threads)
     channels_last(segmenter.network).to(choose_device(device))
     try:
-        return segmenter, replace(segmenter.card.sampling, **dict[str, Any](changes))
+        return segmenter, replace(segmenter.card.sampling, **changes)
     except ValueError as error:
         raise UserError(f"{error}.") from error
+
+
+def _size(size: Mapping[str, Any]) -> str:
+    digits = 2 if size["unit"] == "ml" else 0
+    true, predicted, low, high = (_figure(size[name], digits) for name in ("true", "predicted", "low", "high"))
+    return f"{true} / {predicted} ({low}-{high}) {size['unit']}{'' if size['covered'] else ' !'}"
+
+
+def _coverage_line(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the columns of volumes mean, and how often the members' range held the truth."""
+    shares = [
+        f"{target} {c['covered']} of {c['patients']} ({100 * c['wilson_95'][0]:.0f}-{100 * c['wilson_95'][1]:.0f} %)"
+        for target, c in found.items()
+    ]
+    expected = next(iter(found.values()))["expected"]
+    return (
+        "Volumes: true / of the mask (smallest-largest member); ! where the true one lies outside. Inside: "
+        f"{', '.join(shares)}; {100 * expected:.0f} % if the truth were one more member."
+    )
 
 
 def _mean_hd95(result: Mapping[str, Any], target: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor
 from medsegdiff.config import SamplingConfig
 from medsegdiff.data.geometry import Geometry, restack, restore
 from medsegdiff.data.prepared import PreparedCase
-from medsegdiff.ensemble import derive_seed, segment_images
+from medsegdiff.ensemble import Ensemble, Pairs, derive_seed, segment_images
+from medsegdiff.memory import Bound, bytes_per_sample, find_bound
 from medsegdiff.metrics import PatientScore, PatientScorer
 from medsegdiff.progress import Progress, report
 from medsegdiff.weights import Segmenter
 
 SLICES_AT_ONCE = 32  # bounds the memory of maps at native size, not the result
+
+Sliced = tuple[Tensor, Geometry, int]  # a case: its slices (N, C, S, S), where they lie, the seed of its noise
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,14 @@ class Segmentation:
 
     masks: (T, X, Y, Z) bool, one per target.
     uncertainty: (X, Y, Z) float32 in [0, 1] bits: the largest entropy over channels of the members' votes.
+    variance: (X, Y, Z) float32 in [0, 1]: the largest variance over channels of the members' values; 0 for one member.
+    member_voxels: (M, T) int64: the voxels of each member's own mask, every member decoded at native size by itself.
     """
 
     masks: Tensor
     uncertainty: Tensor
+    variance: Tensor
+    member_voxels: Tensor
 
 
 def segment_slices(
@@ -38,53 +46,94 @@ def segment_slices(
     return next(segment_many(segmenter, [(images, geometry, seed)], sampling))
 
 
-def segment_many(
-    segmenter: Segmenter, cases: Iterable[tuple[Tensor, Geometry, int]], sampling: SamplingConfig
-) -> Iterator[Segmentation]:
-    """Segment cases given as (slices (N, C, S, S), geometry, seed), in order.
+def segment_many(segmenter: Segmenter, cases: Iterable[Sliced], sampling: SamplingConfig) -> Iterator[Segmentation]:
+    """Segment cases in order.
 
     Slices of several small cases share a batch: single pictures one by one would leave the processor idle. The noise
-    of a slice comes from its case's seed and its index, so the company it is in does not matter.
+    of a slice comes from its case's seed and its index, so the company it is in does not matter. How many samples
+    are drawn at once follows the memory.
     """
-    waiting: list[tuple[Tensor, Geometry, int]] = []
+    device = next(segmenter.network.parameters()).device
+    at_once = SLICES_AT_ONCE
+    bound: Bound | None = None
+    waiting: list[Sliced] = []
     for case in cases:
+        if bound is None:
+            bound = find_bound(device, bytes_per_sample(segmenter.network.config, *case[0].shape[-2:]))
+            if device.type != "cpu":  # a GPU wants more slices than a CPU, on which their number touches the last bits
+                at_once = max(SLICES_AT_ONCE, bound.items // sampling.members)
         waiting.append(case)
-        if sum(len(images) for images, _, _ in waiting) >= SLICES_AT_ONCE:
-            yield from _segment_together(segmenter, waiting, sampling)
+        if sum(len(images) for images, _, _ in waiting) >= at_once:
+            yield from _segment_together(segmenter, waiting, sampling, bound, at_once)
             waiting = []
-    yield from _segment_together(segmenter, waiting, sampling)
+    if bound is not None and waiting:
+        yield from _segment_together(segmenter, waiting, sampling, bound, at_once)
 
 
 def _segment_together(
-    segmenter: Segmenter, cases: Sequence[tuple[Tensor, Geometry, int]], sampling: SamplingConfig
+    segmenter: Segmenter, cases: Sequence[Sliced], sampling: SamplingConfig, bound: Bound, at_once: int
 ) -> Iterator[Segmentation]:
-    if not cases:
-        return
     device = next(segmenter.network.parameters()).device
     images = torch.cat([images for images, _, _ in cases])
     seeds = [derive_seed(seed, index) for images_, _, seed in cases for index in range(len(images_))]
-    means, entropies = [], []
-    for start in range(0, len(images), SLICES_AT_ONCE):
-        chunk = images[start : start + SLICES_AT_ONCE].to(device).contiguous(memory_format=torch.channels_last)
-        ensemble = segment_images(
-            segmenter.network, segmenter.diffusion, chunk, sampling, seeds[start : start + SLICES_AT_ONCE]
-        )
-        means.append(ensemble.mean)
-        entropies.append(ensemble.entropy)
+    exclusive = segmenter.scheme.kind == "multiclass"
+    sizes = _MemberSizes(segmenter, cases, sampling.members)
+    parts = []
+    for start in range(0, len(images), at_once):
+        chunk = images[start : start + at_once].to(device).contiguous(memory_format=torch.channels_last)
+        parts.append(
+            segment_images(
+                segmenter.network, segmenter.diffusion, chunk, sampling, seeds[start : start + at_once], bound,
+                exclusive, sizes.watch(start) if sampling.members > 1 else None,
+            )
+        )  # fmt: skip
     lengths = [len(images_) for images_, _, _ in cases]
-    for mean, entropy, (_, geometry, _) in zip(
-        torch.cat(means).split(lengths), torch.cat(entropies).split(lengths), cases, strict=True
-    ):
-        yield _at_native_size(segmenter, mean, entropy, geometry)
+    for number, (ensemble, (_, geometry, _)) in enumerate(zip(Ensemble.join(parts).split(lengths), cases, strict=True)):
+        yield _at_native_size(segmenter, ensemble, sampling, geometry, sizes.voxels[number])
 
 
-def _at_native_size(segmenter: Segmenter, mean: Tensor, entropy: Tensor, geometry: Geometry) -> Segmentation:
-    masks, uncertainty = [], []
-    for start in range(0, len(mean), SLICES_AT_ONCE):
-        part = slice(start, start + SLICES_AT_ONCE)
-        masks.append(segmenter.scheme.decode(restore(mean[part], geometry)))
-        uncertainty.append(restore(entropy[part], geometry).amax(dim=1, keepdim=True).clamp(0, 1))
-    return Segmentation(restack(torch.cat(masks), geometry), restack(torch.cat(uncertainty), geometry)[0])
+class _MemberSizes:
+    """Counts the voxels of every member's own mask at native size while the members pass by; none is kept."""
+
+    def __init__(self, segmenter: Segmenter, cases: Sequence[Sliced], members: int) -> None:
+        self.scheme = segmenter.scheme
+        self.geometries = [geometry for _, geometry, _ in cases]
+        self.owner = [number for number, (images, _, _) in enumerate(cases) for _ in range(len(images))]
+        self.voxels = torch.zeros(len(cases), members, len(self.scheme.targets), dtype=torch.int64)
+
+    def watch(self, first: int) -> Callable[[Pairs, Tensor], None]:
+        """What `segment_images` shall call for a chunk whose image 0 is the cases' image `first`."""
+
+        def count(pairs: Pairs, masks: Tensor) -> None:
+            owners = [self.owner[first + index] for index, _ in pairs]
+            start = 0
+            for number, group in itertools.groupby(owners):
+                end = start + len(list(group))
+                for begin in range(start, end, SLICES_AT_ONCE):
+                    part = slice(begin, min(end, begin + SLICES_AT_ONCE))
+                    decoded = self.scheme.decode(restore(masks[part], self.geometries[number]))
+                    members = torch.tensor([member for _, member in pairs[part]])
+                    self.voxels[number].index_add_(0, members, decoded.flatten(2).sum(dim=2))
+                start = end
+
+        return count
+
+
+def _at_native_size(
+    segmenter: Segmenter, ensemble: Ensemble, sampling: SamplingConfig, geometry: Geometry, member_voxels: Tensor
+) -> Segmentation:
+    fused, several = ensemble.fused(sampling.fuse), sampling.members > 1
+    parts = [slice(start, start + SLICES_AT_ONCE) for start in range(0, len(fused), SLICES_AT_ONCE)]
+    masks = restack(torch.cat([segmenter.scheme.decode(restore(fused[part], geometry)) for part in parts]), geometry)
+
+    def largest(maps: Tensor) -> Tensor:
+        found = [restore(maps[part], geometry).amax(dim=1, keepdim=True).clamp(0, 1) for part in parts]
+        return restack(torch.cat(found), geometry)[0]
+
+    uncertainty = largest(ensemble.entropy)
+    variance = largest(ensemble.variance) if several else torch.zeros_like(uncertainty)
+    own = member_voxels if several else masks.flatten(1).sum(dim=1)[None]
+    return Segmentation(masks, uncertainty, variance, own)
 
 
 def segment_prepared(
@@ -108,6 +157,6 @@ def score_cases(
     scorer = PatientScorer(segmenter.scheme, cases, distances)
     answers = segment_prepared(segmenter, cases, sampling, seed)
     for number, (prepared, answer) in enumerate(zip(cases, answers, strict=True), start=1):
-        scorer.add(prepared, answer.masks)
+        scorer.add(prepared, answer.masks, answer.member_voxels)
         report(Progress("evaluate", number, len(cases), site, round_))
     return scorer.scores()

@@ -6,6 +6,7 @@ coefficient, and slices kept as single files are stacked into volumes for the su
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class VolumeRange:
+    """How large a patient's structure is: in truth, in the mask, and in the members' own masks.
+
+    Figures are rounded to a nanolitre, and compared as they stand here.
+    """
+
+    unit: str  # "ml"; "voxels" where the spacing of any of the patient's images is unknown
+    true: float
+    predicted: float
+    low: float  # the smallest member
+    high: float  # the largest
+
+    @property
+    def covered(self) -> bool:
+        """Whether the truth lies within the members' range, its ends included."""
+        return self.low <= self.true <= self.high
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many patients' true volume lay within their members' range."""
+
+    covered: int
+    patients: int
+    share: float
+    wilson_95: tuple[float, float]  # what the share may be on all patients, at 95 % confidence
+    expected: float  # the share if the truth were one more member: (M - 1) / (M + 1)
+
+
+@dataclass(frozen=True)
 class PatientScore:
     """One patient's agreement with the truth."""
 
@@ -32,6 +63,7 @@ class PatientScore:
     hd95_mm: dict[str, float | None]  # target -> mean over volumes; None: undefined in each, or spacing unknown
     hd95_undefined: dict[str, int]  # target -> volumes where exactly one of prediction and truth is empty
     volumes: int  # scored for this patient: volumes, stacks of slices, pictures
+    sizes: dict[str, VolumeRange] = field(default_factory=dict)  # per target; empty where there is but one member
 
 
 def majority(labels: Tensor, scheme: LabelScheme) -> Tensor:
@@ -90,6 +122,25 @@ def hd95_mm(predicted: Tensor, truth: Tensor, spacing_mm: Sequence[float]) -> fl
     return value if value < float("inf") else None  # NaN compares false too
 
 
+def wilson_95(hits: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a share that was met `hits` times in `trials` (Wilson, JASA 22 (1927) 209-212)."""
+    z = 1.959963984540054  # the normal distribution's 97.5 % point
+    share, spread = hits / trials, z * z / trials
+    middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return min(share, max(0.0, low)), max(share, min(1.0, high))  # rounding must not put 0 or 1 outside
+
+
+def coverage(patients: Sequence[PatientScore], members: int) -> dict[str, Coverage]:
+    """Per target how often the members' range held the true volume; empty without patients or with one member."""
+    found = {}
+    for target in patients[0].sizes if patients else ():
+        hits, count = sum(patient.sizes[target].covered for patient in patients), len(patients)
+        expected = (members - 1) / (members + 1)
+        found[target] = Coverage(hits, count, hits / count, wilson_95(hits, count), expected)
+    return found
+
+
 @dataclass
 class _Tally:
     """What is known of a patient so far."""
@@ -98,6 +149,9 @@ class _Tally:
     counts: Tensor  # (T, 3) int64: voxels in both masks, predicted, true
     distances: list[list[float | None]] = field(default_factory=list)  # per volume, per target; None: one mask empty
     unmeasured: int = 0  # volumes without a known spacing
+    voxels: dict[float | None, Tensor] = field(
+        default_factory=dict
+    )  # ml a voxel -> (M + 2, T): true, predicted, members
 
 
 class PatientScorer:
@@ -121,8 +175,8 @@ class PatientScorer:
         self._tallies: dict[str, _Tally] = {}
         self._stacks: dict[str, list[tuple[PreparedCase, Tensor, Tensor]]] = {}
 
-    def add(self, prepared: PreparedCase, predicted: Tensor) -> None:
-        """Take one case's prediction, (T, X, Y, Z) bool at native size.
+    def add(self, prepared: PreparedCase, predicted: Tensor, member_voxels: Tensor | None = None) -> None:
+        """Take one case's prediction, (T, X, Y, Z) bool at native size, and its members' sizes, (M, T) voxels.
 
         Raises:
             ValueError: the shape is not the case's, or the case was added before.
@@ -139,7 +193,12 @@ class PatientScorer:
         tally = self._tallies.setdefault(
             case.patient_id, _Tally(case.site, torch.zeros(len(predicted), 3, dtype=torch.int64))
         )
-        tally.counts += _counts(predicted, truth)
+        counts = _counts(predicted, truth)
+        tally.counts += counts
+        if member_voxels is not None and len(member_voxels) > 1:
+            rows = torch.cat([counts[:, [2, 1]].T, member_voxels])
+            millilitres = voxel_ml(prepared.spacing_mm)
+            tally.voxels[millilitres] = tally.voxels.get(millilitres, torch.zeros_like(rows)) + rows
         if case.volume_id is None:
             self._measure(tally, predicted, truth, prepared.spacing_mm)
             return
@@ -186,7 +245,29 @@ class PatientScorer:
             hd95_mm={target: _mean(column) for target, column in zip(targets, columns, strict=True)},
             hd95_undefined={target: column.count(None) for target, column in zip(targets, columns, strict=True)},
             volumes=len(tally.distances) + tally.unmeasured,
+            sizes=dict(zip(targets, _sizes(tally), strict=False)),
         )
+
+
+def voxel_ml(spacing_mm: Sequence[float] | None) -> float | None:
+    """Millilitres a voxel holds; None where a distance is unknown."""
+    return math.prod(spacing_mm) / 1000 if spacing_mm is not None and len(spacing_mm) == 3 else None
+
+
+def _sizes(tally: _Tally) -> list[VolumeRange]:
+    """Per target; empty where no members were counted. Voxels of one spacing are summed as integers."""
+    if not tally.voxels:
+        return []
+    known = all(millilitres is not None for millilitres in tally.voxels)
+    parts = [
+        rows.double() * (millilitres if known and millilitres else 1) for millilitres, rows in tally.voxels.items()
+    ]
+    true, predicted, *members = torch.stack(parts).sum(dim=0).tolist()
+    unit = "ml" if known else "voxels"
+    return [
+        VolumeRange(unit, *(round(x, 6) for x in (true[t], predicted[t], min(column), max(column))))
+        for t, column in enumerate(zip(*members, strict=True))
+    ]
 
 
 def _counts(predicted: Tensor, truth: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from medsegdiff.config import SamplingConfig
 from medsegdiff.data.folder import SEPARATOR
@@ -18,6 +19,7 @@ from medsegdiff.ensemble import derive_seed
 from medsegdiff.errors import UserError
 from medsegdiff.evaluation import Segmentation, segment_slices
 from medsegdiff.files import sha256_of_file, write_atomic
+from medsegdiff.metrics import voxel_ml
 from medsegdiff.weights import Segmenter
 
 ENDINGS = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".jpg", ".jpeg", ".gif", ".bmp")
@@ -29,15 +31,20 @@ class ScanResult:
 
     scan: str
     masks: list[str]
-    uncertainty: str | None
+    uncertainty: str | None  # entropy of the members' votes, in percent of one bit
+    variance: str | None  # of the members' values, in percent of the largest there can be
     volumes_ml: dict[str, float | None]  # per target; None where the spacing is unknown
     voxels: dict[str, int]
+    interval_ml: dict[str, tuple[float, float] | None]  # the smallest and the largest member; None for one member
+    interval_voxels: dict[str, tuple[int, int] | None]
 
 
 def segment_scan(
     segmenter: Segmenter, scan: str, out: Path, sampling: SamplingConfig, seed: int, with_uncertainty: bool
 ) -> ScanResult:
-    """Segment one scan and write NAME_mask (and NAME_uncertainty, NAME.json) into the folder `out`.
+    """Segment one scan and write NAME_mask and NAME.json into the folder `out`.
+
+    With uncertainty NAME_uncertainty is written too, and NAME_variance where there are several members.
 
     Args:
         scan: path of the image; several files of one scan (channels) joined by `;`.
@@ -88,14 +95,33 @@ def _write(
         for target, mask in zip(scheme.targets, masks, strict=True):
             label_map[mask] = values[target]
         written.append(_write_map(out, f"{stem}_mask", label_map, volume))
-    uncertainty = None
-    if with_uncertainty:
-        percent = (answer.uncertainty.numpy() * 100).round().astype(np.uint8)
-        uncertainty = _write_map(out, f"{stem}_uncertainty", percent, volume)
-    voxel_ml = float(np.prod(volume.spacing_mm)) / 1000 if volume.spacing_mm and len(volume.spacing_mm) == 3 else None
+    several = len(answer.member_voxels) > 1
+    uncertainty = _write_percent(out, f"{stem}_uncertainty", answer.uncertainty, volume) if with_uncertainty else None
+    variance = (
+        _write_percent(out, f"{stem}_variance", answer.variance, volume) if with_uncertainty and several else None
+    )
     counts = {target: int(mask.sum()) for target, mask in zip(scheme.targets, masks, strict=True)}
-    volumes = {target: None if voxel_ml is None else round(n * voxel_ml, 4) for target, n in counts.items()}
-    return ScanResult(scan, written, uncertainty, volumes, counts)
+    low, high = answer.member_voxels.amin(dim=0).tolist(), answer.member_voxels.amax(dim=0).tolist()
+    ranges = dict(zip(scheme.targets, zip(low, high, strict=True), strict=True))
+    unit = voxel_ml(volume.spacing_mm)
+    return ScanResult(
+        scan=scan,
+        masks=written,
+        uncertainty=uncertainty,
+        variance=variance,
+        volumes_ml={target: None if unit is None else round(n * unit, 4) for target, n in counts.items()},
+        voxels=counts,
+        interval_ml={
+            target: (round(a * unit, 4), round(b * unit, 4)) if several and unit is not None else None
+            for target, (a, b) in ranges.items()
+        },
+        interval_voxels={target: pair if several else None for target, pair in ranges.items()},
+    )
+
+
+def _write_percent(out: Path, name: str, values: Tensor, volume: Volume) -> str:
+    """A map in [0, 1] as whole percents."""
+    return _write_map(out, name, (values.numpy() * 100).round().astype(np.uint8), volume)
 
 
 def _visible(volume: Volume) -> int:

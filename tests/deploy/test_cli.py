@@ -350,6 +350,41 @@ def test_from_data_to_masks(medsegfed, source, tmp_path) -> None:
     assert np.allclose(mask.affine, image.affine)
     assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1}
     assert (tmp_path / "masks" / "elm-001_uncertainty.nii.gz").exists()
+    assert (tmp_path / "masks" / "elm-001_variance.nii.gz").exists()
+    described = json.loads((tmp_path / "masks" / "elm-001.json").read_text())
+    for low, high in described["interval_ml"].values():
+        assert f"[{low}, {high}]" in out
+
+
+def test_evaluate_with_members_reports_volumes_and_how_often_ranges_hold_them(medsegfed, tiny_model, source) -> None:
+    """Per patient and in the summary, as JSON and as a table; nothing of it with one member."""
+    command = ["evaluate", tiny_model, source, "--split", "test", "--steps", 1, "--threads", 1]
+    code, out, _ = medsegfed(*command, "--members", 3, "--fuse", "staple", "--json")
+    assert code == 0
+    result = json.loads(out)
+    held = 0
+    for patient in result["patients"]:
+        (size,) = patient["sizes"].values()
+        assert size["unit"] == "ml"
+        assert size["covered"] == (size["low"] <= size["true"] <= size["high"])
+        held += size["covered"]
+    (found,) = result["summary"]["volume_coverage"].values()
+    assert (found["covered"], found["patients"], found["expected"]) == (held, len(result["patients"]), 0.5)
+    assert found["wilson_95"][0] <= found["share"] <= found["wilson_95"][1]
+    code, out, _ = medsegfed(*command, "--members", 3, "--fuse", "majority")
+    assert code == 0
+    assert f"{found['patients']} (" in out.replace("\n", " ")
+    assert "50 % if the truth were one more member" in " ".join(out.split())
+    code, out, _ = medsegfed(*command, "--json")
+    assert json.loads(out)["summary"]["volume_coverage"] is None
+    assert all(patient["sizes"] is None for patient in json.loads(out)["patients"])
+
+
+def test_an_unknown_fusion_is_refused(medsegfed, tiny_model, source, tmp_path) -> None:
+    """Before anything is read."""
+    assert_refused(medsegfed("evaluate", tiny_model, source, "--fuse", "vote"), "--fuse vote: choose mean")
+    refused = medsegfed("segment", tiny_model, source, "-o", tmp_path / "masks", "--fuse", "STAPLE")
+    assert_refused(refused, "--fuse STAPLE: choose mean, majority or staple")
 
 
 @pytest.mark.parametrize("option", [["--lr", "nan"], ["--lr", "5"], ["--size", "18"], ["--preset", "XL"]])
@@ -384,7 +419,7 @@ def test_help_explains_every_argument(medsegfed, verb) -> None:
 
 def test_a_misspelt_shipped_recipe_names_those_there_are(medsegfed) -> None:
     """`simulate quickstrat` tells which recipes exist."""
-    assert_refused(medsegfed("simulate", "quickstrat"), "hippocampus, lgg-sites, quickstart")
+    assert_refused(medsegfed("simulate", "quickstrat"), "glas, hippocampus, isic2018")
 
 
 def test_a_world_without_held_out_patients_is_refused(medsegfed, tiny_recipe, tmp_path) -> None:

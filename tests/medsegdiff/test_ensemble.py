@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medsegdiff.config import DiffusionConfig, ModelConfig, Sampler, SamplingConfig
+from medsegdiff.config import DiffusionConfig, Fuse, ModelConfig, Sampler, SamplingConfig
 from medsegdiff.diffusion import Diffusion
-from medsegdiff.ensemble import _binary_entropy, derive_seed, segment_images
+from medsegdiff.ensemble import Ensemble, _binary_entropy, derive_seed, segment_images
+from medsegdiff.memory import Bound
 from medsegdiff.network import MedSegDiff
 from medsegdiff.sampling import sample_masks
+from medsegdiff.staple import staple, staple_labels
 
 CONFIG = ModelConfig(
     image_size=8, image_channels=1, mask_channels=2, base_channels=8, channel_multipliers=(1, 2), fusion_levels=(1,),
@@ -147,3 +150,103 @@ def test_sampling_puts_the_network_in_eval() -> None:
     network = fresh_network().train()
     segment_images(network, diffusion(), images(1), SamplingConfig(steps=1), [0])
     assert not network.training
+
+
+def members_of(image: int, seed: int, count: int, config: SamplingConfig) -> Tensor:
+    """Every member by itself, (M, K, H, W)."""
+    seeds = [derive_seed(seed, member) for member in range(count)]
+    return sample_masks(fresh_network(), diffusion(), images(image + 1), [image] * count, config, seeds).detach()
+
+
+def test_variance_is_that_of_the_members() -> None:
+    """The members' population variance, by torch; between 0 and 1, and 0 for one member."""
+    config = SamplingConfig(steps=2, members=5)
+    result = segment_images(fresh_network(), diffusion(), images(1), config, [9])
+    expected = members_of(0, 9, 5, config).var(dim=0, correction=0)
+    torch.testing.assert_close(result.variance[0], expected, atol=1e-5, rtol=1e-4)
+    assert 0.01 < float(result.variance.max()) <= 1
+    one = segment_images(fresh_network(), diffusion(), images(1), SamplingConfig(steps=2), [9])
+    assert torch.equal(one.variance, torch.zeros_like(one.variance))
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_majority_and_staple_fuse_what_the_members_chose(exclusive: bool) -> None:
+    """Votes by loop: positive channels, or the largest alone; STAPLE sees both images as one case."""
+    config = SamplingConfig(steps=2, members=5, fuse="staple")
+    result = segment_images(fresh_network(), diffusion(), images(2), config, [9, 4], exclusive=exclusive)
+    members = torch.stack([members_of(0, 9, 5, config), members_of(1, 4, 5, config)], dim=1)  # (M, N, K, H, W)
+    labels = members.argmax(dim=2)
+    chosen = torch.stack([labels == k for k in range(2)], dim=2) if exclusive else members > 0
+    share = chosen.float().mean(dim=0)
+    torch.testing.assert_close(result.share, share)
+    torch.testing.assert_close(result.fused("majority"), 2 * share - 1)
+    assert torch.equal(result.fused("majority") > 0, share > 0.5)
+    assert torch.equal(result.fused("mean"), result.mean)
+    if exclusive:
+        truth = staple_labels(labels, 2).probability.movedim(0, 1)
+    else:
+        truth = torch.stack([staple(chosen[:, :, k]).probability for k in range(2)], dim=1)
+    torch.testing.assert_close(result.fused("staple"), (2 * truth - 1).float(), atol=1e-5, rtol=0)
+    by_slice = torch.cat([part.fused("staple") for part in result.split([1, 1])])
+    assert float((by_slice - result.fused("staple")).abs().max()) > 0.01, "rates of a slice are not those of a case"
+
+
+@pytest.mark.parametrize("how", ["mean", "majority", "staple"])
+def test_fusing_one_member_keeps_its_mask(how: Fuse) -> None:
+    """Whatever the rule, a single member is the result."""
+    config = SamplingConfig(steps=2, fuse=how)
+    result = segment_images(fresh_network(), diffusion(), images(2), config, [1, 2])
+    assert torch.equal(result.fused(how) > 0, result.mean > 0)
+    assert float(result.fused(how).abs().max()) <= 1
+
+
+def test_parts_are_joined_and_split_as_they_were() -> None:
+    """Images in two calls, joined, equal one call; split again each part has its own."""
+    config = SamplingConfig(steps=2, members=3, fuse="staple")
+    parts = [segment_images(fresh_network(), diffusion(), images(3)[i : i + 1], config, [i]) for i in range(3)]
+    joined = Ensemble.join(parts)
+    first, second = joined.split([1, 2])
+    for name in ("mean", "entropy", "variance", "share"):
+        assert torch.equal(getattr(joined, name)[1], getattr(parts[1], name)[0])
+        assert torch.equal(getattr(first, name), getattr(parts[0], name))
+        assert torch.equal(getattr(second, name)[1], getattr(parts[2], name)[0])
+    assert first.choices is not None
+    assert second.choices is not None
+    assert parts[2].choices is not None
+    assert torch.equal(second.choices[:, 1], parts[2].choices[:, 0])
+    assert first.choices.shape == (3, 1, 2, 8, 8)
+    assert segment_images(fresh_network(), diffusion(), images(1), SamplingConfig(members=2), [0]).choices is None
+
+
+def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that holds three samples: the batch falls to two and stays there, and the result is the same."""
+    network, config = fresh_network(), SamplingConfig(steps=2, members=3)
+    whole = segment_images(network, diffusion(), images(3), config, [1, 2, 3])
+    tried: list[int] = []
+
+    def small(*arguments: Any) -> Tensor:
+        tried.append(len(arguments[3]))
+        if tried[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sample_masks(*arguments)
+
+    monkeypatch.setattr("medsegdiff.ensemble.sample_masks", small)
+    bound = Bound(16)
+    halved = segment_images(network, diffusion(), images(3), config, [1, 2, 3], bound)
+    assert tried == [9, 8, 4, 2, 2, 2, 2, 1]
+    assert bound.items == 2
+    for name in ("mean", "variance", "share"):
+        torch.testing.assert_close(getattr(halved, name), getattr(whole, name), atol=1e-4, rtol=1e-4)
+
+
+def test_the_watcher_sees_every_member_once() -> None:
+    """In order, before they are added up; their mean is the result's."""
+    seen: dict[tuple[int, int], Tensor] = {}
+    config = SamplingConfig(steps=2, members=3)
+    result = segment_images(
+        fresh_network(), diffusion(), images(2), config, [1, 2], batch=4,
+        watch=lambda pairs, masks: seen.update(zip(pairs, masks, strict=True)),
+    )  # fmt: skip
+    assert list(seen) == [(index, member) for index in range(2) for member in range(3)]
+    mean = sum(seen[1, member] for member in range(3)) / 3
+    torch.testing.assert_close(result.mean[1], mean)

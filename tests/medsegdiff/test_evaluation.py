@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from medsegdiff.config import DiffusionConfig, ModelConfig, SamplingConfig
+from medsegdiff.config import DiffusionConfig, Fuse, ModelConfig, SamplingConfig
 from medsegdiff.data.cases import Case, Dataset, DatasetConfig
-from medsegdiff.data.geometry import Geometry
+from medsegdiff.data.geometry import Geometry, restack, restore
 from medsegdiff.data.prepare import prepare
 from medsegdiff.data.prepared import PreparedCase
+from medsegdiff.ensemble import derive_seed, segment_images
 from medsegdiff.evaluation import score_cases, segment_many, segment_prepared, segment_slices
+from medsegdiff.labels import LabelScheme
+from medsegdiff.memory import bytes_per_sample
 from medsegdiff.network import MedSegDiff
 from medsegdiff.progress import Progress, listening
+from medsegdiff.sampling import sample_masks
 from medsegdiff.weights import ModelCard, Segmenter, build
 
 DATASET = DatasetConfig("made", "US", ("grey",), {"background": 0, "lesion": 255})
@@ -107,6 +114,118 @@ def test_the_noise_of_a_case_depends_on_its_name_and_the_seed(
     assert differing(forth, back) < 0.005
     assert differing(forth[2:3], few) < 0.005
     assert differing(forth, other) > 0.02
+
+
+class Noisy(MedSegDiff):
+    """Every member its own disc of another size, on a channel each: stands in for an ensemble that disagrees."""
+
+    def image_features(self, image_BCHW: Tensor) -> list[Tensor]:
+        return [image_BCHW]
+
+    def denoise(self, mask_BKHW: Tensor, t_B: Tensor, features: list[Tensor]) -> Tensor:
+        side = torch.linspace(-1, 1, mask_BKHW.shape[-1])
+        radius = (0.5 + mask_BKHW[:, :, :1, :1].sigmoid() / 3) ** 2
+        return ((radius - side[:, None] ** 2 - side**2) * 4).clamp(-1, 1)
+
+
+def noisy(dataset: DatasetConfig) -> Segmenter:
+    channels = LabelScheme.of(dataset).channels
+    built = build(ModelCard(replace(MODEL, mask_channels=channels), DiffusionConfig(timesteps=50), SAMPLING, dataset))
+    return Segmenter(built.card, Noisy(built.card.model), built.diffusion, built.scheme)
+
+
+MANY = {
+    "binary": DATASET,
+    "multiclass": DatasetConfig("made", "US", ("grey",), {"background": 0, "a": 1, "b": 2}),
+    "regions": DatasetConfig(
+        "made", "US", ("grey",), {"background": 0, "rim": 1, "cup": 2}, {"disc": ("rim", "cup"), "cup": ("cup",)}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_member_sizes_are_those_of_each_member_alone(kind: str) -> None:
+    """Counted while members pass by, in batches over cases of several sizes: as if each were restored and decoded."""
+    segmenter, sampling = noisy(MANY[kind]), SamplingConfig(steps=1, members=5)
+    assert segmenter.scheme.kind == kind
+    shapes = [(16, 16, 2), (20, 12, 3), (9, 30, 1), (11, 16, 45)]
+    inputs = [(torch.zeros(shape[2], 1, 16, 16), Geometry(shape, 2, None), n) for n, shape in enumerate(shapes)]
+    for answer, (images, geometry, seed) in zip(segment_many(segmenter, inputs, sampling), inputs, strict=True):
+        for member in range(5):
+            seeds = [derive_seed(derive_seed(seed, index), member) for index in range(len(images))]
+            own = sample_masks(
+                segmenter.network, segmenter.diffusion, images, list(range(len(images))), sampling, seeds
+            )
+            decoded = segmenter.scheme.decode(restore(own.detach(), geometry))
+            assert answer.member_voxels[member].tolist() == decoded.flatten(2).sum(dim=(0, 2)).tolist()
+        assert answer.member_voxels.shape == (5, len(segmenter.scheme.targets))
+        assert answer.variance.shape == answer.uncertainty.shape == geometry.shape
+        assert 0 < float(answer.variance.max()) <= 1
+
+
+def test_one_member_is_its_own_range(fresh: Segmenter) -> None:
+    """Without company there is no variance, and the member's size is the mask's."""
+    answer = segment_slices(
+        fresh, torch.randn(2, 1, 16, 16), Geometry((20, 20, 2), 2, None), SamplingConfig(steps=1), 0
+    )
+    assert answer.member_voxels.tolist() == [[int(answer.masks.sum())]]
+    assert torch.equal(answer.variance, torch.zeros(20, 20, 2))
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_fusions_agree_where_members_do_and_differ_elsewhere(kind: str) -> None:
+    """All three give masks of about the same size; STAPLE of a case is STAPLE over all of its slices."""
+    segmenter, found = noisy(MANY[kind]), {}
+    images, geometry = torch.zeros(40, 1, 16, 16), Geometry((16, 16, 40), 2, None)
+    rules: tuple[Fuse, ...] = ("mean", "majority", "staple")
+    for how in rules:
+        answer = segment_slices(segmenter, images, geometry, SamplingConfig(steps=1, members=5, fuse=how), 3)
+        low, high = answer.member_voxels.amin(dim=0), answer.member_voxels.amax(dim=0)
+        sizes = answer.masks.flatten(1).sum(dim=1)
+        if kind != "multiclass":  # there the mean of the largest is not the largest of the mean
+            assert bool(((sizes > 0.8 * low) & (sizes < 1.2 * high)).all())
+        found[how] = answer
+    for how in rules:
+        assert torch.equal(found[how].member_voxels, found["mean"].member_voxels)
+        assert torch.equal(found[how].uncertainty, found["mean"].uncertainty)
+    assert not torch.equal(found["mean"].masks, found["staple"].masks)
+    if kind == "binary":
+        config = SamplingConfig(steps=1, members=5, fuse="staple")
+        seeds = [derive_seed(3, index) for index in range(40)]
+        whole = segment_images(segmenter.network, segmenter.diffusion, images, config, seeds).fused("staple")
+        assert torch.equal(found["staple"].masks[0], restack(whole > 0, geometry)[0])
+
+
+@pytest.mark.parametrize("items", [1, 5])
+def test_masks_do_not_depend_on_the_memory(monkeypatch: pytest.MonkeyPatch, items: int) -> None:
+    """A machine on which few samples fit gives the same masks and sizes, and never draws more at once."""
+    segmenter, sampling = noisy(DATASET), SamplingConfig(steps=1, members=3)
+    inputs = [(torch.zeros(n, 1, 16, 16), Geometry((16, 16, n), 2, None), n) for n in (2, 40)]
+    usual = list(segment_many(segmenter, inputs, sampling))
+    drawn: list[int] = []
+
+    def counted(*arguments: Any) -> Tensor:
+        drawn.append(len(arguments[3]))
+        return sample_masks(*arguments)
+
+    monkeypatch.setattr("medsegdiff.ensemble.sample_masks", counted)
+    monkeypatch.setattr("medsegdiff.memory.room_on_cpu", lambda: items * bytes_per_sample(MODEL, 16, 16) + 1)
+    for tight, wide in zip(segment_many(segmenter, inputs, sampling), usual, strict=True):
+        assert torch.equal(tight.masks, wide.masks)
+        assert torch.equal(tight.member_voxels, wide.member_voxels)
+    assert max(drawn) == {1: 1, 5: 4}[items]
+
+
+def test_volume_ranges_of_patients_cover_the_truth_or_not(fresh: Segmenter, cases: tuple[PreparedCase, ...]) -> None:
+    """Sizes of all a patient's images are summed member by member; one member makes no range."""
+    scores = score_cases(noisy(DATASET), cases, SamplingConfig(steps=1, members=4), 0, distances=False)
+    answers = list(segment_prepared(noisy(DATASET), cases, SamplingConfig(steps=1, members=4), 0))
+    sums = answers[3].member_voxels + answers[4].member_voxels
+    size = scores[3].sizes["lesion"]
+    assert (size.unit, size.low, size.high) == ("voxels", float(sums.min()), float(sums.max()))
+    assert size.true == 2 * 36
+    assert size.predicted == float(answers[3].masks.sum() + answers[4].masks.sum())
+    assert score_cases(fresh, cases[:1], SamplingConfig(steps=1), 0, distances=False)[0].sizes == {}
 
 
 def test_a_perfect_network_scores_one_and_an_inverted_one_zero(

@@ -12,13 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import binary_erosion
 from scipy.spatial.distance import cdist
+from scipy.stats import binomtest
 from torch import Tensor
 
 from medsegdiff.data.cases import Case
 from medsegdiff.data.geometry import Geometry
 from medsegdiff.data.prepared import PreparedCase, load, store
 from medsegdiff.labels import LabelScheme
-from medsegdiff.metrics import PatientScorer, dice, hd95_mm, majority, score_patients
+from medsegdiff.metrics import (
+    PatientScore,
+    PatientScorer,
+    VolumeRange,
+    coverage,
+    dice,
+    hd95_mm,
+    majority,
+    score_patients,
+    wilson_95,
+)
 
 BINARY = LabelScheme(("background", "lesion"), ("lesion",), ((1,),))
 REGIONS = LabelScheme(("background", "rim", "cup"), ("disc", "cup"), ((1, 2), (2,)))
@@ -69,6 +80,61 @@ def test_dice_equals_the_set_formula_over_all_images_of_a_patient(
     assert score.dice["lesion"] == pytest.approx(expected)
     assert score.mean_dice == pytest.approx(expected)
     assert (score.volumes, score.hd95_mm["lesion"]) == (images, None)
+
+
+@given(trials=st.integers(1, 400), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_wilson_interval_equals_scipys(trials: int, data: st.DataObject) -> None:
+    """Scipy's, for every count; it holds the share itself and stays within [0, 1]."""
+    hits = data.draw(st.integers(0, trials))
+    low, high = wilson_95(hits, trials)
+    theirs = binomtest(hits, trials).proportion_ci(0.95, method="wilson")
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    assert 0 <= low <= hits / trials <= high <= 1
+
+
+def test_volume_ranges_are_sums_over_a_patients_images(tmp_path: Path) -> None:
+    """In ml where every spacing is known, each image by its own; in voxels otherwise; ends count as covered."""
+    shape, truth = (4, 3, 2), blob((1, 4, 3, 2), (0, 1), (0, 2))
+    members = [torch.tensor([[12], [20]]), torch.tensor([[12], [13]])]
+    spacings: list[tuple[float, ...] | None] = [(10.0, 10.0, 10.0), (10.0, 10.0, 20.0)]
+    for known in (True, False):
+        scorer = PatientScorer(BINARY, distances=False)
+        for number, (spacing, sizes) in enumerate(zip(spacings, members, strict=True)):
+            mm = spacing if known or number else None
+            prepared = make_case(tmp_path, truth, new_case(f"c{number}"), mm)
+            scorer.add(prepared, torch.zeros(1, *shape, dtype=torch.bool), sizes)
+        (score,) = scorer.scores()
+        size = score.sizes["lesion"]
+        expected = ("ml", 36.0, 36.0, 46.0) if known else ("voxels", 24.0, 24.0, 33.0)
+        assert (size.unit, size.true, size.low, size.high) == expected
+        assert (size.predicted, size.covered) == (0.0, True)
+    scorer = PatientScorer(BINARY, distances=False)
+    scorer.add(make_case(tmp_path, truth, new_case("alone")), truth.bool(), torch.tensor([[12]]))
+    assert scorer.scores()[0].sizes == {}
+    assert coverage(scorer.scores(), 1) == {}
+    assert coverage([], 5) == {}
+
+
+def test_coverage_counts_patients_whose_truth_lies_in_the_range() -> None:
+    """Two of three; five members would hold a sixth in 4 of 6 cases."""
+    ranges = [(5.0, 4.0, 6.0), (7.0, 4.0, 6.0), (4.0, 4.0, 6.0)]
+    patients = [
+        PatientScore("p", None, {}, 1.0, {}, {}, 1, {"lesion": VolumeRange("ml", true, 5.0, low, high)})
+        for true, low, high in ranges
+    ]
+    found = coverage(patients, 5)["lesion"]
+    assert (found.covered, found.patients, found.share) == (2, 3, pytest.approx(2 / 3))
+    assert found.wilson_95 == wilson_95(2, 3)
+    assert found.expected == pytest.approx(4 / 6)
+
+
+def test_the_expected_coverage_is_that_of_one_more_draw() -> None:
+    """The smallest and largest of M draws hold another one with probability (M - 1) / (M + 1)."""
+    draws = torch.rand(40_000, 6, generator=torch.Generator().manual_seed(0))
+    held = (draws[:, 5] >= draws[:, :5].amin(dim=1)) & (draws[:, 5] <= draws[:, :5].amax(dim=1))
+    patients = [PatientScore("p", None, {}, 1.0, {}, {}, 1, {"lesion": VolumeRange("ml", 1, 1, 1, 1)})]
+    assert coverage(patients, 5)["lesion"].expected == pytest.approx(float(held.float().mean()), abs=0.01)
 
 
 def test_dice_of_empty_masks() -> None:

@@ -201,6 +201,36 @@ def test_the_same_scan_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
     assert found[0] != found[2]
 
 
+def test_several_members_give_a_range_of_volumes_and_two_maps(tmp_path: Path) -> None:
+    """Entropy and variance on the scan's grid in percent; the smallest and largest member in voxels and ml."""
+    stored = save_scan(tmp_path / "a.nii", "LPS")
+    loud = segmenter(BINARY, None)
+    with torch.no_grad():
+        loud.network.out.weight.mul_(30)
+    sampling = SamplingConfig(steps=2, members=4)
+    result = segment_scan(loud, str(tmp_path / "a.nii"), tmp_path, sampling, 0, True)
+    low, high = result.interval_voxels["lesion"] or (0, 0)
+    assert 0 < low < high
+    ml = np.prod(SPACING) / 1000
+    assert result.interval_ml["lesion"] == pytest.approx((low * ml, high * ml), abs=1e-3)
+    for path in (result.uncertainty, result.variance):
+        values = np.asarray(nibabel.load(str(path)).dataobj)
+        assert values.shape == stored.shape
+        assert 0 < values.max() <= 100
+        np.testing.assert_allclose(nibabel.load(str(path)).affine, nibabel.load(tmp_path / "a.nii").affine, atol=1e-4)
+    assert Path(str(result.variance)).name == "a_variance.nii.gz"
+    described = json.loads((tmp_path / "a.json").read_text())
+    assert described["interval_voxels"] == {"lesion": [low, high]}
+
+
+def test_one_member_has_neither_range_nor_variance(tmp_path: Path) -> None:
+    """Null in the JSON, no file."""
+    save_scan(tmp_path / "a.nii", "RAS")
+    result = segment_scan(segmenter(BINARY), str(tmp_path / "a.nii"), tmp_path, SAMPLING, 0, True)
+    assert (result.variance, result.interval_ml, result.interval_voxels) == (None, {"lesion": None}, {"lesion": None})
+    assert not list(tmp_path.glob("*variance*"))
+
+
 def torn(path: Path) -> None:
     save_scan(path, "RAS")
     path.write_bytes(path.read_bytes()[:400])
