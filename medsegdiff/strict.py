@@ -14,8 +14,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from medsegdiff.errors import UserError
 
 T = TypeVar("T")
@@ -29,27 +27,15 @@ class Strict:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """`yaml.safe_load` keeps the last of two equal keys silently; this loader refuses them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # refused below, with its line
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
 def load_yaml(path: Path) -> Any:
     """Read one YAML file as plain data.
 
     Raises:
         UserError: the file is missing, too large, not text, or not YAML (with the line).
     """
+    # Imported here, as pydantic below: training from a cache on a bare GPU machine reads no YAML.
+    import yaml
+
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise UserError(
@@ -63,9 +49,30 @@ def load_yaml(path: Path) -> Any:
             f"{path}: cannot be read as a YAML text file ({error}). Check that it is the right file."
         ) from error
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader: builds plain data only
+        return yaml.load(text, Loader=_unique_key_loader())  # a SafeLoader: builds plain data only
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: is not valid YAML: {error}. Mend that line.") from error
+
+
+def _unique_key_loader() -> type:
+    """`yaml.safe_load` keeps the last of two equal keys silently; this loader refuses them."""
+    import yaml
+
+    class UniqueKeyLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+            seen: set[Any] = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, Hashable):
+                    continue  # refused below, with its line
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key!r} stands twice", key_node.start_mark
+                    )
+                seen.add(key)
+            return super().construct_mapping(node, deep=deep)
+
+    return UniqueKeyLoader
 
 
 def read_config(path: Path, kind: type[T]) -> T:
@@ -171,4 +178,6 @@ def compact_json(data: Any) -> str:
 
 def dump_yaml(data: Any) -> str:
     """Plain data or a configuration as YAML text, keys in the order of declaration."""
+    import yaml
+
     return yaml.safe_dump(plain(data), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)

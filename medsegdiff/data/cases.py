@@ -18,11 +18,30 @@ MAX_LABELS = 255  # label indices are stored as uint8, and 255 marks a value tha
 MAX_VALUE = 65_535  # masks are 8- or 16-bit images; larger values are refused
 
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
+_CODE = re.compile(r"[1-9][0-9]{5,15} *\|[^|\\\n]{1,64}\|")  # at most 16 and 64 characters fit into DICOM (SH, LO)
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class SegmentCodes(Strict):
+    """What a target is in SNOMED CT, for DICOM SEG: each as `108369006 |Neoplasm|`, a concept and its meaning."""
+
+    category: str  # one of PS3.16 CID 7150, such as 49755003 |Morphologically Altered Structure|
+    type: str  # what it is in that category, such as 108369006 |Neoplasm|
+
+    def __post_init__(self) -> None:
+        for text in (self.category, self.type):
+            _require(bool(_CODE.fullmatch(text)), f"{text!r} is no SNOMED CT code of the form 108369006 |Neoplasm|")
+
+    @staticmethod
+    def parts(text: str) -> tuple[str, str]:
+        """Concept and meaning."""
+        concept, meaning, _ = text.split("|")
+        return concept.strip(), meaning.strip()
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,7 @@ class DatasetConfig(Strict):
         None  # what is segmented -> labels joined; default: each label but background
     )
     slice_axis: int = 2  # of a volume turned to right-anterior-superior axes: 0 sagittal, 1 coronal, 2 axial slices
+    codes: dict[str, SegmentCodes] | None = None  # target -> SNOMED CT, for DICOM SEG; targets left out are "Tissue"
 
     def __post_init__(self) -> None:
         _require(bool(self.name.strip()), "name must not be empty")
@@ -51,6 +71,9 @@ class DatasetConfig(Strict):
         _require(self.slice_axis in (0, 1, 2), f"slice_axis must be 0, 1 or 2, found {self.slice_axis}")
         self._check_labels()
         self._check_targets()
+        targets = self.label_names[1:] if self.targets is None else tuple(self.targets)
+        unknown = [target for target in self.codes or {} if target not in targets]
+        _require(not unknown, f"codes name {unknown}, but targets are {list(targets)}")
 
     def _check_labels(self) -> None:
         _require(

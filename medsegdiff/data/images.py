@@ -1,45 +1,39 @@
 """Image and mask files as arrays, whatever their format.
 
-Volumes (NIfTI) are turned to right-anterior-superior axes; pictures (PNG, TIFF, GIF, JPEG, BMP) stay as stored, rows
-first. Files come from many hands: sizes are checked before memory is taken, and whatever is wrong with a file is a
-`DataFileError` that names it.
+Volumes (NIfTI, MetaImage, NRRD, DICOM series) are turned to right-anterior-superior axes; pictures (PNG, TIFF, GIF,
+JPEG, BMP, DICOM radiographs) stay as stored, rows first. Files come from many hands: sizes are checked before memory is
+taken (`medsegdiff.data.guard`), and whatever is wrong with a file is a `DataFileError` that names it. Torch is not
+imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medsegdiff.data.cases import MAX_VALUE, DatasetConfig
-from medsegdiff.data.geometry import Geometry
-from medsegdiff.errors import UserError
+from medsegdiff.data.guard import MAX_VOXELS, DataFileError, format_of, times
+from medsegdiff.files import sha256_of_file
 
-MAX_VOXELS = 2_000_000_000  # of one file, all channels: 8 GB as float32; a larger header is a mistake or an attack
+if TYPE_CHECKING:
+    from medsegdiff.data.geometry import Geometry
+
+__all__ = ["DataFileError", "Placement", "Volume", "read_image", "read_mask", "sha256_of_image", "write_mask"]
+
 UNKNOWN = 255  # index of a mask value that no label declares
-
-NIFTI = (".nii", ".nii.gz")
-PICTURES = (".png", ".tif", ".tiff", ".gif", ".jpg", ".jpeg", ".bmp")
-
-
-class DataFileError(UserError):
-    """One file that cannot be used, and why."""
-
-    def __init__(self, file: Path, reason: str) -> None:
-        super().__init__(f"{file}: {reason}.")
-        self.file = file
-        self.reason = " ".join(reason.split())
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where a NIfTI file's voxels lie, so that a mask can be written back on the same grid."""
+    """Where a stored volume's voxels lie, so that a mask can be written back on the same grid."""
 
-    affine: NDArray[np.float64]  # (4, 4): indices as stored in the file -> mm
+    affine: NDArray[np.float64]  # (4, 4): indices as stored in the file -> mm to the right, to the front, upwards
     orientation: NDArray[np.float64]  # (3, 2), nibabel's: axis and flip that turn the stored array to RAS
     shape: tuple[int, ...]  # of the first three axes as stored
 
@@ -56,6 +50,8 @@ class Volume:
 
     def geometry(self, config: DatasetConfig) -> Geometry:
         """How this volume is cut into slices: along the dataset's axis; a picture or a single slice is one slice."""
+        from medsegdiff.data.geometry import Geometry  # here: it needs torch, reading does not
+
         x, y, z = self.array.shape[1:]
         thin = [axis for axis, size in enumerate((x, y, z)) if size == 1]
         axis = thin[0] if len(thin) == 1 else config.slice_axis
@@ -69,13 +65,14 @@ def read_image(paths: Sequence[Path], channels: int, spacing_mm: tuple[float, ..
     (ITU-R 601 luma) where one is wanted; an alpha channel is dropped. The fourth axis of a NIfTI file is its channels.
 
     Args:
-        paths: one file a channel, or one file with all channels.
+        paths: one file a channel, or one file with all channels; a folder holds a DICOM series.
         channels: C, as the dataset declares them.
-        spacing_mm: for pictures; a NIfTI file's own spacing is the truth.
+        spacing_mm: for pictures; a volume's own spacing is the truth.
 
     Raises:
-        DataFileError: missing, torn, too large, of an unknown format or another number of channels, of differing sizes
-            or grids, or with voxels that are not finite.
+        DataFileError: missing, torn, of an unknown format or another number of channels, of differing sizes or grids,
+            with voxels that are not finite, beyond the limits of `medsegdiff.data.guard`, or for DICOM what
+            `medsegdiff.data.dicom` says.
     """
     each, rest = divmod(channels, len(paths))
     if rest:
@@ -88,25 +85,39 @@ def read_image(paths: Sequence[Path], channels: int, spacing_mm: tuple[float, ..
         if not np.isfinite(volume.array).all():
             raise DataFileError(path, f"{np.count_nonzero(~np.isfinite(volume.array)):,} voxels are NaN or infinite")
     array = first.array if len(volumes) == 1 else np.concatenate([volume.array for volume in volumes])
-    return Volume(array, spacing_mm if first.placement is None else first.spacing_mm, first.placement)
+    return Volume(array, first.spacing_mm or spacing_mm, first.placement)
 
 
 def _read_one(path: Path, channels: int) -> Volume:
-    # Imported here: a cache is read, and a model trained from it, without nibabel and Pillow.
-    if is_nifti(path):
-        from medsegdiff.data.nifti import read_nifti
+    # Imported here: a cache is read, and a model trained from it, without nibabel, pydicom and Pillow.
+    match format_of(path):
+        case "nifti":
+            from medsegdiff.data.nifti import read_nifti
 
-        return read_nifti(path, channels)
-    from medsegdiff.data.pictures import read_picture
+            return read_nifti(path, channels)
+        case "metaimage":
+            from medsegdiff.data.metaimage import read_metaimage
 
-    return Volume(read_picture(path, channels), None, None)
+            return read_metaimage(path, channels)
+        case "nrrd":
+            from medsegdiff.data.nrrd import read_nrrd
+
+            return read_nrrd(path, channels)
+        case "dicom":
+            from medsegdiff.data.dicom import read_dicom
+
+            return read_dicom(path, channels)
+        case "picture":
+            from medsegdiff.data.pictures import read_picture
+
+            return Volume(read_picture(path, channels), None, None)
 
 
 def read_mask(paths: Sequence[Path], config: DatasetConfig, image: Volume | None = None) -> NDArray[np.uint8]:
     """Read the masks of one case, one file a rater.
 
     Args:
-        image: whose size and grid the masks must have.
+        image: whose size and grid the masks must have; no more memory is taken for a mask than that asks for.
 
     Returns:
         (R, X, Y, Z) label indices: 0 background, then in the order of `config.labels`.
@@ -115,8 +126,9 @@ def read_mask(paths: Sequence[Path], config: DatasetConfig, image: Volume | None
         DataFileError: as for images, and where a value is not integral or is declared by no label.
     """
     masks = []
+    limit = MAX_VOXELS if image is None else int(np.prod(image.array.shape[1:]))
     for path in paths:
-        values, placement = _read_values(path, config.in_colours)
+        values, placement = _read_values(path, config.in_colours, limit)
         if image is not None:
             _check_size(path, values.shape, image.array.shape[1:], "its image")
             _check_grid(path, placement, image.placement, "its image")
@@ -126,16 +138,36 @@ def read_mask(paths: Sequence[Path], config: DatasetConfig, image: Volume | None
     return np.stack(masks)
 
 
-def _read_values(path: Path, colours: bool) -> tuple[NDArray[np.int32], Placement | None]:
-    if is_nifti(path):
-        from medsegdiff.data.nifti import read_nifti_values
+def _read_values(path: Path, colours: bool, limit: int) -> tuple[NDArray[np.int32], Placement | None]:
+    kind = format_of(path)
+    if kind == "picture":
+        from medsegdiff.data.pictures import read_picture_values
 
-        if colours:
-            raise DataFileError(path, "labels are declared as colours, but NIfTI masks hold numbers")
-        return read_nifti_values(path)
-    from medsegdiff.data.pictures import read_picture_values
+        return read_picture_values(path, colours), None
+    if kind == "dicom":
+        raise DataFileError(path, "masks are not read from DICOM; write them as NIfTI, MetaImage or NRRD")
+    if colours:
+        raise DataFileError(path, "labels are declared as colours, but the masks of volumes hold numbers")
+    if kind == "nifti":
+        from medsegdiff.data.nifti import read_nifti_values as read
+    elif kind == "metaimage":
+        from medsegdiff.data.metaimage import read_metaimage_values as read
+    else:
+        from medsegdiff.data.nrrd import read_nrrd_values as read
+    values, placement = read(path, limit)
+    return np.ascontiguousarray(_whole(path, values)), placement
 
-    return read_picture_values(path, colours), None
+
+def _whole(path: Path, array: NDArray[Any]) -> NDArray[np.int32]:
+    """Integers as they are; floats where they are whole numbers."""
+    if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.rint(array)).all()):
+        raise DataFileError(path, "the mask holds values that are not whole numbers")
+    limit = np.iinfo(np.int32)
+    if array.size and not (limit.min <= array.min() and array.max() <= limit.max):
+        raise DataFileError(
+            path, f"the mask holds values from {array.min()} to {array.max()}; no label has such a value"
+        )
+    return array.astype(np.int32)
 
 
 def _indices(path: Path, values: NDArray[np.int32], config: DatasetConfig) -> NDArray[np.uint8]:
@@ -191,48 +223,33 @@ def write_mask(path: Path, mask: NDArray[np.uint8], image: Volume) -> None:
     write_nifti_mask(path, mask, image.placement)
 
 
-def is_nifti(path: Path) -> bool:
-    """Whether the file's name is that of a NIfTI file.
+def sha256_of_image(path: Path) -> str:
+    """Hex SHA-256 over what an image is read from: its bytes, with a header the file it points to, or a folder's files.
 
-    Raises:
-        DataFileError: the ending is that of no format that is read.
+    A folder's files count whatever their names and order: a series copied to names of its own is the same image.
     """
-    name = path.name.lower()
-    if not name.endswith(NIFTI + PICTURES):
-        raise DataFileError(path, f"this format is not read; read are {', '.join(NIFTI + PICTURES)}")
-    return name.endswith(NIFTI)
+    kind = format_of(path)
+    if kind == "dicom" and path.is_dir():
+        from medsegdiff.data.dicom import files_of
+
+        return _joined(sorted(sha256_of_file(file) for file in files_of(path)))
+    if kind in ("metaimage", "nrrd"):
+        from medsegdiff.data.metaimage import metaimage_stored
+        from medsegdiff.data.nrrd import nrrd_stored
+
+        stored = (metaimage_stored if kind == "metaimage" else nrrd_stored)(path)[0]
+        if stored.data != path:
+            return _joined([sha256_of_file(path), sha256_of_file(stored.data)])
+    return sha256_of_file(path)
 
 
-@contextmanager
-def decoding(path: Path) -> Iterator[None]:
-    """Turn whatever a decoder raises into a fault of the file it decodes."""
-    try:
-        yield
-    except DataFileError:
-        raise
-    except FileNotFoundError as error:
-        raise DataFileError(path, "there is no such file") from error
-    # Decoders answer hostile and torn files with almost any exception (SyntaxError, KeyError, zlib.error, ...).
-    except Exception as error:
-        raise DataFileError(path, f"cannot be decoded ({type(error).__name__}: {error})") from error
-
-
-def check_voxels(path: Path, shape: Sequence[int]) -> None:
-    """Refuse a header's shape before memory is taken for it."""
-    count = 1
-    for size in shape:
-        count *= int(size)
-    if min(shape) <= 0:
-        raise DataFileError(path, f"the image is empty: its size is {_times(shape)}")
-    if count > MAX_VOXELS:
-        raise DataFileError(
-            path, f"the header declares {_times(shape)} = {count:,} voxels; the limit is {MAX_VOXELS:,}"
-        )
+def _joined(digests: Sequence[str]) -> str:
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def _check_size(path: Path, shape: Sequence[int], expected: Sequence[int], other: str) -> None:
     if tuple(shape) != tuple(expected):
-        raise DataFileError(path, f"its size is {_times(shape)}, that of {other} is {_times(expected)}")
+        raise DataFileError(path, f"its size is {times(shape)}, that of {other} is {times(expected)}")
 
 
 def _check_grid(path: Path, found: Placement | None, expected: Placement | None, other: str) -> None:
@@ -256,7 +273,3 @@ def _corners(placement: Placement) -> NDArray[np.float64]:
     grid = np.meshgrid(*[[0, size - 1] for size in placement.shape], indexing="ij")
     corners = np.stack([axis.ravel() for axis in grid], axis=1) @ placement.affine[:3, :3].T + placement.affine[:3, 3]
     return np.stack([corners.min(axis=0), corners.max(axis=0)])
-
-
-def _times(shape: Sequence[int]) -> str:
-    return "x".join(str(size) for size in shape)

@@ -12,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from medsegdiff.data.images import DataFileError, check_voxels, decoding
+from medsegdiff.data.guard import DataFileError, check_unpacking, check_voxels, decoding
+from medsegdiff.data.stored import not_finite
 from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
 
 _GREY = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _GREY_ALPHA = ("LA", "La")
 _FORMATS = ("PNG", "TIFF", "GIF", "JPEG", "BMP")  # Pillow knows dozens more, some of which start other programs
+_SAMPLE_BYTES = {"I": 4, "F": 4, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}  # by mode; others take one
 _LOSSLESS = {".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".gif": "GIF"}
 
 
@@ -64,6 +66,15 @@ def read_picture_values(path: Path, colours: bool) -> NDArray[np.int32]:
     return np.ascontiguousarray(values[..., None])
 
 
+def check_picture(path: Path) -> None:
+    """`check_image_file` for pictures: no pixel is unpacked, but for TIFF's floats, which may be NaN."""
+    with _declared(path) as picture:
+        if picture.mode == "F":
+            bad = int(np.count_nonzero(~np.isfinite(np.asarray(picture))))
+            if bad:
+                raise not_finite(path, bad)
+
+
 def write_picture_mask(path: Path, mask: NDArray[np.uint8]) -> None:
     """Write a mask (rows, columns) as a grey picture without loss.
 
@@ -79,15 +90,34 @@ def write_picture_mask(path: Path, mask: NDArray[np.uint8]) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
+    with _declared(path) as picture:
+        picture.load()
+        yield picture
+
+
+@contextmanager
+def _declared(path: Path) -> Iterator[Image.Image]:
+    """The picture with its header checked, its pixels not yet unpacked."""
     with decoding(path), warnings.catch_warnings():
         # Pillow warns from 89 million pixels on: a fault here, before memory is taken.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=_FORMATS) as picture:
             if getattr(picture, "is_animated", False):  # n_frames would walk through a GIF of any length
                 raise DataFileError(path, "the file holds several frames; one picture a file is read")
-            check_voxels(path, (*picture.size, len(picture.getbands())))
-            picture.load()
+            shape = (*picture.size, len(picture.getbands()))
+            check_voxels(path, shape)
+            stored = path.stat().st_size
+            check_unpacking(path, shape[0] * shape[1] * shape[2] * _SAMPLE_BYTES.get(picture.mode, 1), stored)
+            for tile in _tiff_tiles(picture):  # unpacked one by one, each as large as it says
+                check_unpacking(path, tile, stored)
             yield picture
+
+
+def _tiff_tiles(picture: Image.Image) -> list[int]:
+    """Bytes of a tile of a TIFF file, which need not be smaller than its picture."""
+    tags = getattr(picture, "tag_v2", {})
+    width, height, bits = tags.get(322), tags.get(323), tags.get(258, (8,))
+    return [width * height * max(1, sum(bits) // 8)] if isinstance(width, int) and isinstance(height, int) else []
 
 
 def _as_number(rgb: NDArray[np.int32]) -> NDArray[np.int32]:

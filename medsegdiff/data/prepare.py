@@ -16,11 +16,10 @@ from torch import Tensor
 
 from medsegdiff.data.cases import Case, Dataset, DatasetConfig
 from medsegdiff.data.geometry import Geometry, Letterbox, to_slices
-from medsegdiff.data.images import DataFileError, Volume, read_image, read_mask
+from medsegdiff.data.images import DataFileError, Volume, read_image, read_mask, sha256_of_image
 from medsegdiff.data.normalise import normalise
 from medsegdiff.data.prepared import PreparedCase, load, store
 from medsegdiff.errors import UserError
-from medsegdiff.files import sha256_of_file
 from medsegdiff.progress import Progress, report
 from medsegdiff.strict import canonical_json
 
@@ -106,7 +105,7 @@ def _check_files(case: Case) -> None:
     if not case.mask_paths:
         raise DataFileError(case.image_paths[0], "the image has no mask")
     for path in (*case.image_paths, *case.mask_paths):
-        if not path.is_file():
+        if not path.exists():  # a folder may hold a DICOM series
             raise DataFileError(path, "there is no such file")
 
 
@@ -130,7 +129,7 @@ def _key(case: Case, config: DatasetConfig, image_size: int) -> str:
 
 def _digest(path: Path) -> str:
     try:
-        return sha256_of_file(path)
+        return sha256_of_image(path)
     except OSError as error:
         raise DataFileError(path, f"cannot be read ({error.strerror or error})") from error
 

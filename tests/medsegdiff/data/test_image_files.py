@@ -205,9 +205,8 @@ def _fault_files(root: Path, nifti: Callable[..., Path]) -> dict[str, tuple[Path
     empty = bytearray(plain.read_bytes())
     empty[40:56] = np.array([3, 8, 0, 8, 1, 1, 1, 1], "<i2").tobytes()
     (root / "empty.nii").write_bytes(bytes(empty))
-    (root / "text.nii").write_text("not an image")
-    (root / "text.png").write_text("not an image")
-    (root / "scan.dcm").write_text("x")
+    for ending in ("nii", "mha", "nrrd", "dcm", "png", "xyz"):
+        (root / f"text.{ending}").write_text("not an image")
     for ending in ("png", "jpg", "tif", "gif"):
         pixels = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
         whole = save_picture(root / f"good.{ending}", pixels).read_bytes()
@@ -220,18 +219,21 @@ def _fault_files(root: Path, nifti: Callable[..., Path]) -> dict[str, tuple[Path
     (root / "flat.nii").write_bytes(bytes(flat))
     return {
         "truncated gzip": (torn, "cannot be decoded"),
-        "truncated": (short, "cannot be decoded"),
+        "truncated": (short, "2,400 bytes, the file holds 1,000"),
         "NaN and Inf": (nifti(root / "nan.nii", nan), "2 voxels are NaN or infinite"),
         "huge header": (root / "huge.nii.gz", "32,768,000,000,000 voxels"),
         "empty axis": (root / "empty.nii", "size is 8x0x8"),
-        "text as NIfTI": (root / "text.nii", "cannot be decoded"),
+        "text as NIfTI": (root / "text.nii", "not NIfTI"),
+        "text as MetaImage": (root / "text.mha", "not that of a MetaImage"),
+        "text as NRRD": (root / "text.nrrd", "not NRRD"),
+        "text as DICOM": (root / "text.dcm", "cannot be decoded"),
         "text as PNG": (root / "text.png", "cannot be decoded"),
         "torn PNG": (root / "torn.png", "cannot be decoded"),
         "torn JPEG": (root / "torn.jpg", "cannot be decoded"),
         "torn TIFF": (root / "torn.tif", "cannot be decoded"),
         "torn GIF": (root / "torn.gif", "cannot be decoded"),
         "several frames": (root / "film.gif", "several frames"),
-        "unknown format": (root / "scan.dcm", "not read"),
+        "unknown format": (root / "text.xyz", "not read"),
         "missing": (root / "nowhere.nii.gz", "no such file"),
         "missing picture": (root / "nowhere.png", "no such file"),
         "complex": (complex_, "complex64"),
@@ -248,6 +250,18 @@ def test_whatever_is_wrong_with_an_image_is_a_fault_that_names_it(tmp_path: Path
         assert fault.file == path, name
         assert words in fault.reason, (name, fault.reason)
         assert "\n" not in fault.reason
+
+
+def test_a_nifti_header_with_endless_extensions_is_harmless(tmp_path: Path, nifti: Callable[..., Path]) -> None:
+    """An extension that declares less than nothing makes nibabel read to the end; it is passed over instead."""
+    plain = nifti(tmp_path / "i.nii", np.arange(24, dtype=np.float32).reshape(2, 3, 4))
+    raw = bytearray(plain.read_bytes())
+    for size in (-16, 2**31 - 16):
+        raw[348:352] = b"\x01\0\0\0"
+        extension = np.array([size, 6], "<i4").tobytes() + bytes(24)
+        raw[108:112] = np.float32(352 + len(extension)).tobytes()  # vox_offset
+        (tmp_path / "e.nii.gz").write_bytes(gzip.compress(bytes(raw[:352]) + extension + bytes(raw[352:])))
+        assert np.array_equal(read_image([tmp_path / "e.nii.gz"], 1).array, read_image([plain], 1).array)
 
 
 def _fault_of(path: Path) -> DataFileError | None:
