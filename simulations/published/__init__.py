@@ -1,0 +1,1 @@
+"""Published datasets, from the layout they are distributed in to cases.csv and dataset.yaml."""
