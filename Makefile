@@ -16,7 +16,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test check bench real setup clean
 
 setup: $(READY)
 
@@ -59,3 +59,12 @@ bench: $(READY) $(PEERS)/.ready
 
 clean:
 	rm -rf $(VENV) $(PEERS) build *.egg-info
+
+# Real data beside MONAI's DynUNet (docs/results.md): on a GPU where there is one. PLAN=proof: tiny, on a CPU.
+PLAN ?= full
+CACHE := .cache/real_$(PLAN).safetensors
+
+real: $(READY)
+	@[ -e $(CACHE) ] || $(BIN)/python -m benchmarks.real.pack --plan $(PLAN) --out $(CACHE)
+	$(BIN)/python -m benchmarks.real.train --plan $(PLAN) --cache $(CACHE) --out runs/real-$(PLAN) --peer
+	$(BIN)/python -m benchmarks.real.table --plan $(PLAN) --run runs/real-$(PLAN)
