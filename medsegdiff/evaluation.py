@@ -50,7 +50,7 @@ def segment_many(segmenter: Segmenter, cases: Iterable[Sliced], sampling: Sampli
     """Segment cases in order.
 
     Slices of several small cases share a batch: single pictures one by one would leave the processor idle. The noise
-    of a slice comes from its case's seed and its index, so the company it is in does not matter. How many samples
+    of a slice comes from its case's seed, so the company it is in does not matter. How many samples
     are drawn at once follows the memory.
     """
     device = next(segmenter.network.parameters()).device
@@ -75,7 +75,9 @@ def _segment_together(
 ) -> Iterator[Segmentation]:
     device = next(segmenter.network.parameters()).device
     images = torch.cat([images for images, _, _ in cases])
-    seeds = [derive_seed(seed, index) for images_, _, seed in cases for index in range(len(images_))]
+    # One noise for all slices of a case: a member is one reading of the whole case. With a noise a slice the members'
+    # differences cancel over the slices, and the range of their volumes held the truth in a third of the patients.
+    seeds = [seed for images_, _, seed in cases for _ in images_]
     exclusive = segmenter.scheme.kind == "multiclass"
     sizes = _MemberSizes(segmenter, cases, sampling.members)
     parts = []
@@ -139,8 +141,8 @@ def _at_native_size(
 def segment_prepared(
     segmenter: Segmenter, cases: Sequence[PreparedCase], sampling: SamplingConfig, seed: int
 ) -> Iterator[Segmentation]:
-    """Segment prepared cases in order; the noise of each depends on the seed and its case_id alone."""
-    inputs = ((p.images(), p.geometry, derive_seed(seed, "sample", p.case.case_id)) for p in cases)
+    """Segment prepared cases in order; the noise of each depends on the seed and its volume (or case) alone."""
+    inputs = ((p.images(), p.geometry, derive_seed(seed, "sample", p.case.volume_id or p.case.case_id)) for p in cases)
     return segment_many(segmenter, inputs, sampling)
 
 

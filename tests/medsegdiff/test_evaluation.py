@@ -152,7 +152,7 @@ def test_member_sizes_are_those_of_each_member_alone(kind: str) -> None:
     inputs = [(torch.zeros(shape[2], 1, 16, 16), Geometry(shape, 2, None), n) for n, shape in enumerate(shapes)]
     for answer, (images, geometry, seed) in zip(segment_many(segmenter, inputs, sampling), inputs, strict=True):
         for member in range(5):
-            seeds = [derive_seed(derive_seed(seed, index), member) for index in range(len(images))]
+            seeds = [derive_seed(seed, member)] * len(images)
             own = sample_masks(
                 segmenter.network, segmenter.diffusion, images, list(range(len(images))), sampling, seeds
             )
@@ -191,9 +191,21 @@ def test_fusions_agree_where_members_do_and_differ_elsewhere(kind: str) -> None:
     assert not torch.equal(found["mean"].masks, found["staple"].masks)
     if kind == "binary":
         config = SamplingConfig(steps=1, members=5, fuse="staple")
-        seeds = [derive_seed(3, index) for index in range(40)]
+        seeds = [3] * 40
         whole = segment_images(segmenter.network, segmenter.diffusion, images, config, seeds).fused("staple")
         assert torch.equal(found["staple"].masks[0], restack(whole > 0, geometry)[0])
+
+
+def test_a_member_is_one_reading_of_the_whole_case() -> None:
+    """Equal slices of one case are segmented alike by each member; another case's noise is another."""
+    segmenter, sampling = noisy(DATASET), SamplingConfig(steps=1, members=3)
+    geometry = Geometry((16, 16, 3), 2, None)
+    inputs = [(torch.zeros(3, 1, 16, 16), geometry, seed) for seed in (1, 2)]
+    first, second = segment_many(segmenter, inputs, sampling)
+    assert torch.equal(first.masks[..., 0], first.masks[..., 1])
+    assert torch.equal(first.masks[..., 0], first.masks[..., 2])
+    assert not torch.equal(first.masks, second.masks)
+    assert len({tuple(sizes) for sizes in first.member_voxels.tolist()}) > 1, "members differ from each other"
 
 
 @pytest.mark.parametrize("items", [1, 5])
