@@ -22,7 +22,7 @@ class WorldConfig(Strict):
     """Where the patients come from and how they are dealt out to sites."""
 
     phantoms: PhantomConfig | None = None  # made on the spot; or
-    dataset: str | None = None  # name of a dataset in simulations/datasets, read from --data
+    dataset: str | None = None  # name of a dataset, read from --data: one in simulations/datasets, or your own
     targets: dict[str, tuple[str, ...]] | None = None  # what to segment, in place of the dataset's own targets
     partition: PartitionConfig = PartitionConfig()
     test_fraction: float = 0.2  # of each site's patients, held out
@@ -83,7 +83,6 @@ def open_source(recipe: Recipe, data: Path | None) -> Dataset:
     """
     name = recipe.world.dataset
     assert name is not None, "phantom worlds have no source"
-    config_path = shipped_dataset(name)
     if data is None:
         raise UserError(
             f"recipe '{recipe.name}' works on the dataset {name}, which is not part of the program: name its "
@@ -91,7 +90,13 @@ def open_source(recipe: Recipe, data: Path | None) -> Dataset:
         )
     if not data.is_dir():
         raise UserError(f"--data {data}: there is no such folder. Give the folder that holds {name}'s cases.csv.")
-    dataset = open_dataset(data, config_path)
+    own = (data / "dataset.yaml").is_file()  # it describes itself; the name need not be one that is shipped
+    dataset = open_dataset(data, None if own else shipped_dataset(name))
+    if own and dataset.config.name != name:
+        raise UserError(
+            f"--data {data}: its dataset.yaml names {dataset.config.name}, recipe '{recipe.name}' works on {name}. "
+            "Give that dataset's folder, or change world.dataset in the recipe."
+        )
     return replace(dataset, config=with_targets(dataset.config, recipe.world.targets))
 
 

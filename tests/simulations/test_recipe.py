@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,18 @@ def test_targets_are_replaced_or_refused(tiny_task) -> None:
     assert with_targets(tiny_task.dataset, {"all": ("lesion",)}).targets == {"all": ("lesion",)}
     with pytest.raises(UserError, match=r"world.targets: target all joins \['tumour'\]"):
         with_targets(tiny_task.dataset, {"all": ("tumour",)})
+
+
+def test_a_folder_that_describes_itself_needs_no_shipped_description(tmp_path) -> None:
+    """world.dataset may name your own dataset; a folder that says it is another one is refused."""
+    (tmp_path / "cases.csv").write_text("case_id,patient_id,image_path,mask_path\na,a,a.png,b.png\n")
+    described = "name: mine\nmodality: MR\nchannels: [T1]\nlabels: {background: 0, lesion: 1}\n"
+    (tmp_path / "dataset.yaml").write_text(described)
+    shipped = read_recipe(Path("hippocampus"))
+    own = replace(shipped, world=replace(shipped.world, dataset="mine", targets=None))
+    assert open_source(own, tmp_path).config.name == "mine"
+    with pytest.raises(UserError, match="names mine, recipe 'hippocampus' works on msd_hippocampus"):
+        open_source(replace(own, world=replace(own.world, dataset="msd_hippocampus")), tmp_path)
+    (tmp_path / "dataset.yaml").unlink()
+    with pytest.raises(UserError, match="'mine' is not known"):
+        open_source(own, tmp_path)
