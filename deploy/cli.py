@@ -133,69 +133,87 @@ def train(
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model.safetensors.")],
     folder: Annotated[Path, typer.Argument(help="Dataset with masks; without a dataset.yaml the model's own is used.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="New folder for scores.json, scores.csv and pictures.")
+    ] = None,
     dataset_config: ConfigOption = None,
     split: Annotated[str, typer.Option(help="all (those trained on too), or one split: train, val, test.")] = "all",
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the model's.")] = None,
     members: Annotated[int | None, typer.Option(min=1, help="Samples an image; default: the model's.")] = None,
     fuse: FuseOption = None,
+    surface_tolerance: Annotated[
+        float, typer.Option(min=0, max=1000, help="mm within which surfaces agree, for the surface Dice.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     threads: Annotated[int, typer.Option(min=1, help="torch threads.")] = 2,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Score a model: Dice and HD95 per patient, slices restacked; volume ranges with several --members.
+    """Score a model per patient, slices restacked: overlap, surfaces, volumes, calibration (docs/metrics.md).
 
-    Example: medsegfed evaluate runs/alone/model.safetensors DIR --split test --members 5
+    With several --members also the range of volumes; where several raters drew, the distance of the two sets of masks.
+
+    Example: medsegfed evaluate runs/alone/model.safetensors DIR --split test --members 5 -o scores
     """
     from deploy.scoring import evaluate_folder, scores_table
 
     changes = _sampling(steps, members, fuse)
     with _progress("evaluate"):
-        result = evaluate_folder(model, folder, dataset_config, split, changes, seed, threads, device)
+        result = evaluate_folder(
+            model, folder, dataset_config, split, changes, seed, threads, device, surface_tolerance, out
+        )
     if as_json:
         _print_json(result)
         return
     from rich.console import Console
 
     Console().print(scores_table(result))
+    if out is not None:
+        typer.echo(f"Scores and pictures: {out}")
 
 
 @app.command()
 def segment(
     model: Annotated[Path, typer.Argument(help="A model.safetensors.")],
-    scans: Annotated[list[str], typer.Argument(help="NIfTI, PNG, TIFF, JPEG ...; files of one scan joined by ';'.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the masks.")],
+    scans: Annotated[
+        list[str],
+        typer.Argument(
+            help="NIfTI, DICOM series, PNG, TIFF ...; files of one scan joined by ';'; or a folder of scans."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results; nothing in it is overwritten.")],
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the model's.")] = None,
     members: Annotated[int, typer.Option(min=1, help="Samples an image; their spread is the uncertainty.")] = 5,
     fuse: FuseOption = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same scan, same masks.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="torch threads.")] = 2,
     device: DeviceOption = "auto",
+    resume: Annotated[bool, typer.Option(help="Skip the scans that this command has finished before.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """From a scan to a mask on the scan's own grid, with uncertainty maps and the range of volumes.
+    """From scans to masks on their own grid, with uncertainty maps, a preview and the range of volumes.
 
-    NAME_uncertainty: entropy of the members' votes, percent of one bit. NAME_variance: of their values, percent of the
-    largest there can be. NAME.json: volume of the mask, and of the smallest and the largest member.
+    NAME_mask, and for DICOM NAME_seg.dcm. NAME_uncertainty: entropy of the members' votes, percent of one bit;
+    NAME_variance: of their values, percent of the largest there can be. NAME.json: volume of the mask, and of the
+    smallest and the largest member. segment.json: what became of every scan (docs/segmenting.md).
 
     Example: medsegfed segment model.safetensors scan.nii.gz -o masks
     """
-    from deploy.scoring import segment_scans
+    from deploy.segmenting import segment_scans
 
     changes = _sampling(steps, members, fuse)
     with _progress("segment"):
-        results, faults = segment_scans(model, scans, out, changes, seed, threads, device)
+        job = segment_scans(model, scans, out, changes, seed, threads, device, resume)
     if as_json:
-        _print_json({"segmented": results, "failed": faults})
+        _print_json(job.plain())
     else:
-        for result in results:
-            maps = [path for path in (result["uncertainty"], result["variance"]) if path]
-            volumes = ", ".join(_volume(result, name) for name, ml in result["volumes_ml"].items() if ml is not None)
-            written = ", ".join(result["masks"] + maps)
-            typer.echo(f"{result['scan']} -> {written}" + (f" ({volumes})" if volumes else ""))
-        for fault in faults:
+        for line in job.lines():
+            typer.echo(line)
+        for fault in job.failed:
             typer.echo(f"not segmented: {fault['reason']}", err=True)
-    if faults:
+        if job.scans > 1:
+            typer.echo(f"Summary: {out / 'segment.json'}")
+    if job.failed:
         raise typer.Exit(EXIT_CODE)
 
 
@@ -347,12 +365,6 @@ def main() -> None:
 
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False))
-
-
-def _volume(result: dict[str, Any], target: str) -> str:
-    interval = result["interval_ml"][target]
-    members = f" [{interval[0]}, {interval[1]}]" if interval else ""
-    return f"{target} {result['volumes_ml'][target]} ml{members}"
 
 
 def _sampling(steps: int | None, members: int | None, fuse: str | None) -> dict[str, Any]:
