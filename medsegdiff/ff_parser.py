@@ -35,7 +35,7 @@ class FFParser(nn.Module):
             wide = m_BCHW if m_BCHW.dtype in (torch.float32, torch.float64) else m_BCHW.float()
             spectrum_BCHF = torch.fft.rfft2(wide)
             map_CHF = torch.view_as_complex(self.map_at(height, width).to(wide.dtype).contiguous())
-            filtered = torch.fft.irfft2(spectrum_BCHF * map_CHF, s=(height, width))
+            filtered = torch.fft.irfft2(spectrum_BCHF * _hermitian(map_CHF, width), s=(height, width))
         narrowed: Tensor = filtered.to(m_BCHW.dtype)
         return narrowed
 
@@ -58,6 +58,20 @@ class FFParser(nn.Module):
         )
         back: Tensor = torch.fft.ifftshift(read.permute(0, 2, 3, 1), dim=1)
         return back
+
+
+def _hermitian(map_CHF: Tensor, width: int) -> Tensor:
+    """The part of a map that keeps real features real; what else it holds at f_x = 0 and at Nyquist has no effect.
+
+    Those columns hold each frequency and its mirror. A CPU's inverse transform drops the other part by itself; what a
+    GPU's library makes of it is not specified.
+    """
+    mirrored = map_CHF.flip(1).roll(1, dims=1).conj()
+    own_mirror = torch.zeros(map_CHF.shape[2], dtype=torch.bool, device=map_CHF.device)
+    own_mirror[0] = True
+    if width % 2 == 0:
+        own_mirror[-1] = True
+    return torch.where(own_mirror, (map_CHF + mirrored) / 2, map_CHF)
 
 
 def _full_precision(device: str) -> AbstractContextManager[object]:

@@ -259,7 +259,7 @@ class MedSegDiff(nn.Module):
 
 
 def timestep_embedding(t_B: Tensor, features: int) -> Tensor:
-    """Sinusoids of t at geometrically spaced periods from 2 pi to 10000 * 2 pi (Vaswani et al. 2017, section 3.5)."""
+    """Sinusoids of t at geometrically spaced periods, 2 pi up to just below 10000 * 2 pi (Vaswani et al. 2017, 3.5)."""
     half = features // 2
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t_B.device, dtype=torch.float32) / half)
     angles = t_B.to(torch.float32)[:, None] * frequencies[None, :]

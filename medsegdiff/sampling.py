@@ -40,7 +40,8 @@ def sample_masks(
     def predict_clean(x_t: Tensor, t: int) -> Tensor:
         nonlocal estimate
         t_B = torch.full((len(x_t),), t, device=device)
-        clean = diffusion.clean_from(network.denoise(x_t, t_B, features, *estimate), x_t, t_B)
+        answer = network.denoise(x_t, t_B, features, *estimate).to(x_t.dtype)  # autocast answers in bf16
+        clean = diffusion.clean_from(answer, x_t, t_B)
         clean = clean.clamp(-scale, scale)  # masks have no values beyond; keeps a poor early step from running away
         if network.config.self_conditioning:
             estimate = (clean,)

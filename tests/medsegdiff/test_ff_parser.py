@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medsegdiff.ff_parser import DynamicFusion, FFParser
+from medsegdiff.ff_parser import DynamicFusion, FFParser, _hermitian
 
 
 def features(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -173,3 +173,39 @@ def test_fusion_depends_on_both_inputs_and_mixes_no_cases() -> None:
     assert not torch.allclose(out, fusion(image, mask.flip(0)), atol=1e-2)
     assert not torch.allclose(out, fusion(image.flip(0), mask), atol=1e-2)
     torch.testing.assert_close(out[:1], fusion(image[:1], mask[:1]))
+
+
+@pytest.mark.parametrize("size", [8, 9])
+def test_any_map_is_a_filter_that_keeps_features_real(size: int) -> None:
+    """A random map equals numpy's full complex FFT with its Hermitian extension, whatever its edge columns hold."""
+    generator = np.random.default_rng(0)
+    parser = FFParser(1, size)
+    columns = size // 2 + 1
+    half = generator.normal(size=(size, columns)) + 1j * generator.normal(size=(size, columns))
+    with torch.no_grad():
+        parser.map.copy_(torch.view_as_real(torch.from_numpy(half).to(torch.complex64))[None])
+    mirror = (-np.arange(size)) % size
+    full = np.zeros((size, size), dtype=complex)
+    full[:, :columns] = half
+    for column in range(columns, size):
+        full[:, column] = half[mirror, size - column].conj()
+    for column in {0, size // 2} if size % 2 == 0 else {0}:
+        full[:, column] = (half[:, column] + half[mirror, column].conj()) / 2
+    m = generator.normal(size=(size, size))
+    expected = np.fft.ifft2(np.fft.fft2(m) * full)
+    assert np.abs(expected.imag).max() < 1e-12, "a real filter"
+    found = parser(torch.from_numpy(m).float()[None, None])[0, 0].detach().numpy()
+    np.testing.assert_allclose(found, expected.real, atol=1e-5)
+    assert not torch.allclose(torch.view_as_complex(parser.map), _hermitian(torch.view_as_complex(parser.map), size))
+
+
+@pytest.mark.gpu
+def test_a_gpu_filters_as_a_cpu_does() -> None:
+    """A random map, whose edge columns no library need understand, gives the same features on both."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    parser = FFParser(3, 16)
+    with torch.no_grad():
+        parser.map.copy_(torch.randn(parser.map.shape, generator=torch.Generator().manual_seed(0)))
+    m = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(parser.cuda()(m.cuda()).cpu(), parser.cpu()(m), rtol=1e-4, atol=1e-4)
