@@ -37,6 +37,7 @@ class Worker:
         if not Path(python).exists():
             raise SystemExit(f"{python}: there is no such interpreter. Make it as benchmarks/README.md says.")
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment.setdefault("GOMP_SPINCOUNT", "10000")  # as our package sets it, for every side
         self.module = module
         self._process = subprocess.Popen(
             [str(python), "-m", module],
