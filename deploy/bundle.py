@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deploy.export import Exported, new_folder
+from deploy.export import Exported
 from medsegdiff.errors import UserError
-from medsegdiff.files import write_atomic
+from medsegdiff.files import new_folder, write_atomic
 from medsegdiff.weights import Segmenter, hash_weights, load_model
 
 # The one that the bundles of MONAI's model zoo name; `monai.bundle verify_metadata` fetches it.

@@ -10,10 +10,7 @@ import hashlib
 import importlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from deploy.onnx_graphs import OPSET, make_graphs
 from medsegdiff.config import SamplingConfig
 from medsegdiff.data.normalise import AIR_FRACTION, LIMIT, PERCENTILES
 from medsegdiff.errors import UserError
-from medsegdiff.files import sha256_of_file, write_atomic
+from medsegdiff.files import new_folder, sha256_of_file, write_atomic
 from medsegdiff.network import MedSegDiff, parameter_count
 from medsegdiff.samplers import sample
 from medsegdiff.segment import label_values
@@ -86,30 +83,6 @@ def require(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(f"the package {name} is not installed, so nothing was exported. Run: {INSTALL}") from error
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `out` when all went well and vanishes otherwise.
-
-    Raises:
-        UserError: `out` is a file or holds something, or the disk refuses.
-    """
-    target = out.resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{out}: is there already and not an empty folder; nothing was exported. Choose another.")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(target)  # takes the place of an empty folder
-    except OSError as error:
-        raise UserError(
-            f"{out}: could not be written ({error.strerror or error}); nothing was exported. Free space or choose "
-            "another folder."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _checked_size(segmenter: Segmenter, model: Path, size: int | None) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from medsegdiff.errors import UserError
@@ -36,6 +38,30 @@ def write_atomic(path: Path, data: bytes) -> None:
             f"{path}: could not be written ({error.strerror or error}); {len(data):,} bytes were due and the earlier "
             "file, if any, is untouched. Free space or choose another folder, then repeat the command."
         ) from error
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `out` when all went well and vanishes otherwise.
+
+    Raises:
+        UserError: `out` is a file or holds something, or the disk refuses.
+    """
+    target = out.resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{out}: is there already and not an empty folder; nothing was written. Choose another.")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)  # takes the place of an empty folder
+    except OSError as error:
+        raise UserError(
+            f"{out}: could not be written ({error.strerror or error}); nothing was kept. Free space or choose another "
+            "folder."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _flush_directory(folder: Path) -> None:

@@ -1,13 +1,13 @@
 """How well patients are segmented.
 
 A patient is scored once, over everything there is of them: voxels of all their images are pooled for the Dice
-coefficient, and slices kept as single files are stacked into volumes for the surface distance.
+coefficient, and slices kept as single files are stacked into volumes for the surface distance. Each figure, its range
+and what it is of an empty mask: docs/metrics.md.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,9 +17,38 @@ import torch
 from torch import Tensor
 
 from medsegdiff.labels import LabelScheme
+from medsegdiff.raters import majority
+from medsegdiff.surface import SurfaceScore, hd95_mm, score_surface
 
 if TYPE_CHECKING:
     from medsegdiff.data.prepared import PreparedCase
+
+
+__all__ = [
+    "Coverage", "PatientScore", "PatientScorer", "VolumeError", "VolumeRange", "coverage", "dice", "hd95_mm", "iou",
+    "majority", "score_patients", "voxel_ml", "wilson_95",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VolumeError:
+    """How large a patient's structure is in truth and in the mask, rounded to a nanolitre."""
+
+    unit: str  # "ml"; "voxels" where the spacing of any of the patient's images is unknown
+    true: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Predicted less true: negative where the mask is too small."""
+        return round(self.predicted - self.true, 6)
+
+    @property
+    def relative(self) -> float | None:
+        """The error over the true volume, at least -1; 0 where both are empty, None where the truth alone is."""
+        if not self.true:
+            return None if self.predicted else 0.0
+        return (self.predicted - self.true) / self.true
 
 
 @dataclass(frozen=True)
@@ -64,22 +93,11 @@ class PatientScore:
     hd95_undefined: dict[str, int]  # target -> volumes where exactly one of prediction and truth is empty
     volumes: int  # scored for this patient: volumes, stacks of slices, pictures
     sizes: dict[str, VolumeRange] = field(default_factory=dict)  # per target; empty where there is but one member
-
-
-def majority(labels: Tensor, scheme: LabelScheme) -> Tensor:
-    """The truth that several raters make: what more than half of them drew.
-
-    A tie is background: so targets that are disjoint for each rater stay disjoint in the truth.
-
-    Args:
-        labels: (R, ...) label indices.
-
-    Returns:
-        (T, ...) bool.
-    """
-    votes = sum(scheme.truth(rater[None])[0].int() for rater in labels)
-    assert isinstance(votes, Tensor)
-    return 2 * votes > len(labels)
+    iou: dict[str, float] = field(default_factory=dict)  # target -> [0, 1]
+    volume: dict[str, VolumeError] = field(default_factory=dict)
+    # Both are empty where no tolerance was given; else target -> mean over the volumes where it is defined.
+    assd_mm: dict[str, float | None] = field(default_factory=dict)
+    surface_dice: dict[str, float | None] = field(default_factory=dict)
 
 
 def dice(overlap: int, predicted: int, true: int) -> float:
@@ -87,39 +105,9 @@ def dice(overlap: int, predicted: int, true: int) -> float:
     return 2 * overlap / (predicted + true) if predicted + true else 1.0
 
 
-def hd95_mm(predicted: Tensor, truth: Tensor, spacing_mm: Sequence[float]) -> float | None:
-    """95th percentile of the surface distance, the larger of both directions (MONAI's definition).
-
-    Args:
-        predicted, truth: (X, Y, Z) bool; an axis of one voxel is left out, so pictures are measured in the plane.
-        spacing_mm: of X, Y, Z (Z may be missing where it holds one voxel).
-
-    Returns:
-        Millimetres; 0 where both masks are empty, None where exactly one is.
-    """
-    filled = bool(predicted.any()), bool(truth.any())
-    if not any(filled):
-        return 0.0
-    if not all(filled):
-        return None
-    # Imported here: it takes seconds, and only scoring needs it.
-    from monai.metrics.hausdorff_distance import compute_hausdorff_distance
-
-    axes = [axis for axis, size in enumerate(truth.shape) if size > 1 and axis < len(spacing_mm)]
-    if len(axes) < 2:
-        axes = list(range(min(len(spacing_mm), truth.ndim)))
-    shape = [truth.shape[axis] for axis in axes]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI calls its own deprecated arguments
-        distance = compute_hausdorff_distance(
-            predicted.reshape(1, 1, *shape).float(),
-            truth.reshape(1, 1, *shape).float(),
-            include_background=True,
-            percentile=95,
-            spacing=[float(spacing_mm[axis]) for axis in axes],
-        )
-    value = float(distance.item())
-    return value if value < float("inf") else None  # NaN compares false too
+def iou(overlap: int, predicted: int, true: int) -> float:
+    """TP / (TP + FP + FN) from voxel counts, the Jaccard index; 1 where both masks are empty, 0 where one is."""
+    return overlap / (predicted + true - overlap) if predicted + true else 1.0
 
 
 def wilson_95(hits: int, trials: int) -> tuple[float, float]:
@@ -147,11 +135,10 @@ class _Tally:
 
     site: str | None
     counts: Tensor  # (T, 3) int64: voxels in both masks, predicted, true
-    distances: list[list[float | None]] = field(default_factory=list)  # per volume, per target; None: one mask empty
+    surfaces: list[list[SurfaceScore]] = field(default_factory=list)  # per volume, per target
     unmeasured: int = 0  # volumes without a known spacing
-    voxels: dict[float | None, Tensor] = field(
-        default_factory=dict
-    )  # ml a voxel -> (M + 2, T): true, predicted, members
+    # ml a voxel -> (2 + M, T): true, predicted, and each member where there are several
+    voxels: dict[float | None, Tensor] = field(default_factory=dict)
 
 
 class PatientScorer:
@@ -162,11 +149,19 @@ class PatientScorer:
         cases: those that will be added; a stack of slices is scored, and freed, once its last one came. Without it
             stacks are kept until `scores`.
         distances: whether HD95 is wanted; without it MONAI is not imported.
+        tolerance_mm: of the surface Dice; with it ASSD and surface Dice are scored too, which triples the time.
     """
 
-    def __init__(self, scheme: LabelScheme, cases: Iterable[PreparedCase] = (), distances: bool = True) -> None:
+    def __init__(
+        self,
+        scheme: LabelScheme,
+        cases: Iterable[PreparedCase] = (),
+        distances: bool = True,
+        tolerance_mm: float | None = None,
+    ) -> None:
         self._scheme = scheme
         self._distances = distances
+        self._tolerance_mm = tolerance_mm
         self._due: dict[str, int] = {}
         for prepared in cases:
             if prepared.case.volume_id is not None:
@@ -195,10 +190,11 @@ class PatientScorer:
         )
         counts = _counts(predicted, truth)
         tally.counts += counts
+        rows = counts[:, [2, 1]].T
         if member_voxels is not None and len(member_voxels) > 1:
-            rows = torch.cat([counts[:, [2, 1]].T, member_voxels])
-            millilitres = voxel_ml(prepared.spacing_mm)
-            tally.voxels[millilitres] = tally.voxels.get(millilitres, torch.zeros_like(rows)) + rows
+            rows = torch.cat([rows, member_voxels])
+        millilitres = voxel_ml(prepared.spacing_mm)
+        tally.voxels[millilitres] = tally.voxels.get(millilitres, torch.zeros_like(rows)) + rows
         if case.volume_id is None:
             self._measure(tally, predicted, truth, prepared.spacing_mm)
             return
@@ -231,21 +227,33 @@ class PatientScorer:
         if spacing is None or not self._distances:
             tally.unmeasured += 1
             return
-        tally.distances.append([hd95_mm(p, t, spacing) for p, t in zip(predicted, truth, strict=True)])
+        pairs = zip(predicted, truth, strict=True)
+        tally.surfaces.append([score_surface(p, t, spacing, self._tolerance_mm) for p, t in pairs])
+
+    def mean_dice(self, patient_id: str) -> float:
+        """Over targets, of what has been added of a patient."""
+        return _mean_dice(self._tallies[patient_id])
 
     def _score(self, patient_id: str, tally: _Tally) -> PatientScore:
-        targets = self._scheme.targets
-        values = [dice(*row) for row in tally.counts.tolist()]
-        columns = [[row[t] for row in tally.distances] for t in range(len(targets))]
+        targets, counts = self._scheme.targets, tally.counts.tolist()
+        hd95 = [[volume[t].hd95_mm for volume in tally.surfaces] for t in range(len(targets))]
+        asked = targets if self._tolerance_mm is not None else ()
+        volumes = _volumes(tally)
         return PatientScore(
             patient_id=patient_id,
             site=tally.site,
-            dice=dict(zip(targets, values, strict=True)),
-            mean_dice=sum(values) / len(values),
-            hd95_mm={target: _mean(column) for target, column in zip(targets, columns, strict=True)},
-            hd95_undefined={target: column.count(None) for target, column in zip(targets, columns, strict=True)},
-            volumes=len(tally.distances) + tally.unmeasured,
-            sizes=dict(zip(targets, _sizes(tally), strict=False)),
+            dice={target: dice(*row) for target, row in zip(targets, counts, strict=True)},
+            mean_dice=_mean_dice(tally),
+            hd95_mm={target: _mean(column) for target, column in zip(targets, hd95, strict=True)},
+            hd95_undefined={target: column.count(None) for target, column in zip(targets, hd95, strict=True)},
+            volumes=len(tally.surfaces) + tally.unmeasured,
+            sizes={target: size for target, (_, size) in zip(targets, volumes, strict=True) if size is not None},
+            iou={target: iou(*row) for target, row in zip(targets, counts, strict=True)},
+            volume={target: error for target, (error, _) in zip(targets, volumes, strict=True)},
+            assd_mm={name: _mean([volume[t].assd_mm for volume in tally.surfaces]) for t, name in enumerate(asked)},
+            surface_dice={
+                name: _mean([volume[t].surface_dice for volume in tally.surfaces]) for t, name in enumerate(asked)
+            },
         )
 
 
@@ -254,20 +262,24 @@ def voxel_ml(spacing_mm: Sequence[float] | None) -> float | None:
     return math.prod(spacing_mm) / 1000 if spacing_mm is not None and len(spacing_mm) == 3 else None
 
 
-def _sizes(tally: _Tally) -> list[VolumeRange]:
-    """Per target; empty where no members were counted. Voxels of one spacing are summed as integers."""
-    if not tally.voxels:
-        return []
+def _volumes(tally: _Tally) -> list[tuple[VolumeError, VolumeRange | None]]:
+    """Per target; no range where no members were counted. Voxels of one spacing are summed as integers."""
     known = all(millilitres is not None for millilitres in tally.voxels)
     parts = [
         rows.double() * (millilitres if known and millilitres else 1) for millilitres, rows in tally.voxels.items()
     ]
-    true, predicted, *members = torch.stack(parts).sum(dim=0).tolist()
     unit = "ml" if known else "voxels"
-    return [
-        VolumeRange(unit, *(round(x, 6) for x in (true[t], predicted[t], min(column), max(column))))
-        for t, column in enumerate(zip(*members, strict=True))
-    ]
+    found = []
+    for column in torch.stack(parts).sum(dim=0).T.tolist():
+        true, predicted, *members = (round(value, 6) for value in column)
+        size = VolumeRange(unit, true, predicted, min(members), max(members)) if members else None
+        found.append((VolumeError(unit, true, predicted), size))
+    return found
+
+
+def _mean_dice(tally: _Tally) -> float:
+    values = [dice(*row) for row in tally.counts.tolist()]
+    return sum(values) / len(values)
 
 
 def _counts(predicted: Tensor, truth: Tensor) -> Tensor:

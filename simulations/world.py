@@ -17,12 +17,13 @@ import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from medsegdiff.data.cases import SPLITS
 from medsegdiff.data.dataset import Case, Dataset
 from medsegdiff.data.folder import SEPARATOR
+from medsegdiff.data.guard import DataFileError
 from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
 from medsegdiff.progress import Progress, report
@@ -157,8 +158,8 @@ def _linker(data: Path) -> Callable[[Path], Path]:
 def _copier(root: Path, data: Path) -> Callable[[Path], Path]:
     """Copies a file to where it lies in the dataset, or under `elsewhere/` if it comes from outside; returns its name.
 
-    A file that is missing is named all the same: the site's preparation reports and counts it, as it would have
-    at its source.
+    A folder is copied with its DICOM files, a header with its file of voxels. A file that is missing is named all the
+    same: the site's preparation reports and counts it, as it would have at its source.
     """
     top = root.resolve()
 
@@ -168,12 +169,32 @@ def _copier(root: Path, data: Path) -> Callable[[Path], Path]:
             target = source.relative_to(top)
         else:
             target = Path("elsewhere") / hashlib.sha256(os.fsencode(source.parent)).hexdigest()[:12] / source.name
-        if source.is_file() and not (data / target).exists():
-            (data / target).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, data / target)  # contents only: a read-only original need not give a read-only copy
+        if not (data / target).exists():
+            for file in _parts(source):
+                copied = data / (target if source.is_dir() else target.parent) / file.name
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copied)  # contents only: a read-only original need not give a read-only copy
         return target
 
     return place
+
+
+def _parts(source: Path) -> list[Path]:
+    """The files that an image or a mask is read from."""
+    with suppress(DataFileError):  # torn or empty: the site's preparation will say so
+        if source.is_dir():
+            from medsegdiff.data.dicom import files_of
+
+            return files_of(source)
+        if source.suffix.lower() == ".mhd":
+            from medsegdiff.data.metaimage import metaimage_stored
+
+            return [metaimage_stored(source)[0].data, source]
+        if source.suffix.lower() == ".nhdr":
+            from medsegdiff.data.nrrd import nrrd_stored
+
+            return [nrrd_stored(source)[0].data, source]
+    return [source] if source.is_file() else []
 
 
 def _row(case: Case, site: str, splits: Mapping[str, str], place: Callable[[Path], Path]) -> tuple[str, ...]:

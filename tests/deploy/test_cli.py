@@ -185,7 +185,7 @@ def test_more_than_a_fifth_faulty_ends_before_training(medsegfed, source, tmp_pa
 
 DATA_RECIPE = """\
 name: phantom-data
-world: {dataset: local, partition: {by: site}}
+world: {dataset: phantoms, partition: {by: site}}
 run:
   model: {preset: tiny, image_size: 16, base_channels: 8, channel_multipliers: [1, 2], attention_levels: [1]}
   rounds: 1
@@ -200,7 +200,7 @@ def data_recipe(source, tmp_path, monkeypatch) -> Path:
     """A recipe that reads the phantoms with --data, as recipes of published datasets do."""
     shipped = tmp_path / "datasets"
     shipped.mkdir()
-    shutil.copy(source / "dataset.yaml", shipped / "local.yaml")
+    shutil.copy(source / "dataset.yaml", shipped / "phantoms.yaml")
     monkeypatch.setattr("simulations.recipe.SHIPPED", shipped)
     path = tmp_path / "recipe.yaml"
     path.write_text(DATA_RECIPE)

@@ -22,14 +22,17 @@ from medsegdiff.labels import LabelScheme
 from medsegdiff.metrics import (
     PatientScore,
     PatientScorer,
+    VolumeError,
     VolumeRange,
     coverage,
     dice,
     hd95_mm,
+    iou,
     majority,
     score_patients,
     wilson_95,
 )
+from medsegdiff.surface import score_surface
 
 BINARY = LabelScheme(("background", "lesion"), ("lesion",), ((1,),))
 REGIONS = LabelScheme(("background", "rim", "cup"), ("disc", "cup"), ((1, 2), (2,)))
@@ -140,6 +143,58 @@ def test_the_expected_coverage_is_that_of_one_more_draw() -> None:
 def test_dice_of_empty_masks() -> None:
     """Both empty agree; one empty does not."""
     assert (dice(0, 0, 0), dice(0, 5, 0), dice(0, 0, 5), dice(5, 5, 5), dice(1, 2, 2)) == (1.0, 0.0, 0.0, 1.0, 0.5)
+
+
+def test_iou_is_dice_by_another_measure() -> None:
+    """D / (2 - D) for every count, the empty ones among them: 1 where both masks are empty, 0 where one is."""
+    for overlap, predicted, true in [(0, 0, 0), (0, 5, 0), (0, 0, 5), (5, 5, 5), (1, 2, 2), (3, 4, 9)]:
+        found = dice(overlap, predicted, true)
+        assert iou(overlap, predicted, true) == pytest.approx(found / (2 - found))
+    assert iou(1, 2, 2) == pytest.approx(1 / 3)
+
+
+def test_volume_errors_of_empty_masks() -> None:
+    """Signed; as a share of the truth -1 where nothing was found, 0 of nothing, undefined where nothing was there."""
+    known = {(0.0, 0.0): (0.0, 0.0), (2.0, 0.0): (-2.0, -1.0), (0.0, 2.0): (2.0, None), (2.0, 3.0): (1.0, 0.5)}
+    for (true, predicted), expected in known.items():
+        found = VolumeError("ml", true, predicted)
+        assert (found.error, found.relative) == expected
+
+
+def test_volumes_are_summed_over_a_patients_images(tmp_path: Path) -> None:
+    """With one member or several; ml by each image's own spacing, voxels where one is unknown; targets overlap."""
+    truth = blob((1, 4, 3, 2), (0, 1), (0, 2)).int() + blob((1, 4, 3, 2), (0, 1), (0, 1)).int()  # 6 rim, 6 cup
+    for second, unit, expected in [((10.0, 10.0, 20.0), "ml", 12 + 24), (None, "voxels", 24)]:
+        scorer = PatientScorer(REGIONS, distances=False)
+        for number, mm in enumerate([(10.0, 10.0, 10.0), second]):
+            members = torch.full((3, 2), 7) if number < 2 else None
+            prepared = make_case(tmp_path, truth, new_case(f"c{number}"), mm)
+            scorer.add(prepared, torch.ones(2, 4, 3, 2, dtype=torch.bool), members)
+        (score,) = scorer.scores()
+        assert score.volume["disc"] == VolumeError(unit, expected, 2 * expected)
+        assert score.volume["cup"] == VolumeError(unit, expected / 2, 2 * expected)
+        assert (score.volume["cup"].relative, score.sizes["cup"].true) == (3.0, expected / 2)
+        assert score.iou == {"disc": 0.5, "cup": 0.25}
+        assert scorer.mean_dice("p") == score.mean_dice == pytest.approx((2 / 3 + 0.4) / 2)
+
+
+def test_surfaces_are_averaged_over_volumes_and_only_when_asked(tmp_path: Path) -> None:
+    """An empty prediction has no distance and a surface Dice of 0; without a tolerance neither is there."""
+    truth = blob((12, 12, 6), (2, 8), (2, 8), (1, 5)).int()
+    predictions = [truth > 0, truth.roll(1, 0) > 0, torch.zeros(12, 12, 6, dtype=torch.bool)]
+    pairs = [(make_case(tmp_path, truth[None], new_case(f"c{n}")), p[None]) for n, p in enumerate(predictions)]
+    (plain,) = score_patients(BINARY, pairs)
+    assert (plain.assd_mm, plain.surface_dice) == ({}, {})
+    scorer = PatientScorer(BINARY, tolerance_mm=0.5)
+    for prepared, predicted in pairs:
+        scorer.add(prepared, predicted)
+    (score,) = scorer.scores()
+    shifted = score_surface(predictions[1], truth > 0, (1.0, 1.0, 1.0), 0.5)
+    assert shifted.assd_mm is not None
+    assert shifted.surface_dice is not None
+    assert score.assd_mm["lesion"] == pytest.approx(shifted.assd_mm / 2)
+    assert score.surface_dice["lesion"] == pytest.approx((1 + shifted.surface_dice + 0) / 3)
+    assert (score.hd95_mm, score.hd95_undefined, score.volumes) == (plain.hd95_mm, plain.hd95_undefined, 3)
 
 
 def naive_hd95(predicted: Tensor, truth: Tensor, spacing: tuple[float, ...]) -> float:

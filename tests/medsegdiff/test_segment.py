@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +21,9 @@ from medsegdiff.data.cases import DatasetConfig
 from medsegdiff.errors import UserError
 from medsegdiff.labels import LabelScheme
 from medsegdiff.network import MedSegDiff
-from medsegdiff.segment import label_values, segment_scan
-from medsegdiff.weights import ModelCard, Segmenter, build
+from medsegdiff.progress import listening
+from medsegdiff.segment import label_values, name_of, publish, segment_scan
+from medsegdiff.weights import ModelCard, Segmenter, build, hash_weights
 
 SAMPLING = SamplingConfig(steps=1, members=1)
 SPACING = (1.5, 0.8, 3.0)  # of X, Y, Z in mm
@@ -83,6 +87,47 @@ def save_scan(path: Path, axes: str, tilt: float = 0.0) -> np.ndarray:
     stored = np.asarray(turned.dataobj)
     nibabel.save(nibabel.Nifti1Image(stored, rotation @ turned.affine), path)
     return stored
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
+@pytest.mark.parametrize("axes", [3, 4])
+def test_a_nifti_scans_header_is_kept(tmp_path: Path, kind: type, ending: str, axes: int) -> None:
+    """Affines, their codes, voxel sizes, units and description stay to the last bit; scaling, display range and
+    extensions, which may name the patient, do not."""
+    array = block((12, 18, 6)) // 100 + 5
+    affine = np.array([[0, -0.8, 0.1, 11], [1.5, 0, 0, -70], [0, 0.1, -3, 5], [0, 0, 0, 1]])
+    stored = array if axes == 3 else array[..., None]
+    scan = kind(stored, affine)
+    scan.set_qform(affine @ np.diag([1, 1, 1, 1]), 3)
+    scan.set_sform(affine + np.pad([[0.25]], ((0, 3), (3, 0))), 4)  # the two need not agree; the sform counts
+    scan.header.set_xyzt_units("mm", "sec")
+    scan.header["descrip"] = b"of the scanner"
+    scan.header["cal_max"] = 900
+    scan.header.set_slope_inter(2.0, -10.0)
+    scan.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"Doe^Jane"))
+    path = tmp_path / f"scan{ending}"
+    nibabel.save(scan, path)
+    result = segment_scan(segmenter(BINARY), str(path), tmp_path / "out", SAMPLING, 0, with_uncertainty=True)
+    before = nibabel.load(path).header
+    assert (nibabel.load(path).dataobj.slope, nibabel.load(path).dataobj.inter) == (2, -10)
+    for file in (result.masks[0], str(result.uncertainty)):
+        mask = nibabel.load(file)
+        assert type(mask) is kind
+        assert np.array_equal(mask.affine, nibabel.load(path).affine)
+        for name in (
+            "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
+            "srow_x", "srow_y", "srow_z", "xyzt_units", "descrip",
+        ):  # fmt: skip
+            assert np.array_equal(mask.header[name], before[name]), name
+        assert np.array_equal(mask.header["pixdim"][:4], before["pixdim"][:4])
+        assert mask.shape == (12, 18, 6)
+        assert (mask.get_data_dtype(), float(mask.header["cal_max"])) == (np.uint8, 0)
+        assert not mask.header.extensions
+        assert b"Doe" not in gzip.decompress(Path(file).read_bytes())
+    values = np.asarray(nibabel.load(result.masks[0]).dataobj)
+    assert set(np.unique(values)) == {0, 7}, "the scan's scaling must not touch the mask"
+    assert agreement(values == 7, array > 10) > 0.9
 
 
 def agreement(mask: np.ndarray, truth: np.ndarray) -> float:
@@ -229,6 +274,79 @@ def test_one_member_has_neither_range_nor_variance(tmp_path: Path) -> None:
     result = segment_scan(segmenter(BINARY), str(tmp_path / "a.nii"), tmp_path, SAMPLING, 0, True)
     assert (result.variance, result.interval_ml, result.interval_voxels) == (None, {"lesion": None}, {"lesion": None})
     assert not list(tmp_path.glob("*variance*"))
+
+
+def test_the_json_says_how_a_mask_came_about(tmp_path: Path) -> None:
+    """Settings, seed, hashes of model and scan, version; a blank scan is remarked upon."""
+    nibabel.save(nibabel.Nifti1Image(np.zeros((9, 9, 2), np.int16), np.eye(4)), tmp_path / "a.nii")
+    chosen = segmenter(BINARY)
+    sampling = SamplingConfig(steps=3, members=2, fuse="majority")
+    result = segment_scan(chosen, str(tmp_path / "a.nii"), tmp_path / "o", sampling, 4, True)
+    assert (result.members, result.steps, result.fuse, result.seed) == (2, 3, "majority", 4)
+    assert result.model_sha256 == hash_weights(chosen.network.state_dict())
+    assert result.scan_sha256 == [hashlib.sha256((tmp_path / "a.nii").read_bytes()).hexdigest()]
+    assert result.version == importlib.metadata.version("medsegfed")
+    assert result.warnings == ["no voxel was marked; look at the scan"]
+    with Image.open(result.preview) as picture:
+        assert picture.format == "PNG"
+
+
+def test_slices_are_reported_while_they_are_done(tmp_path: Path) -> None:
+    """A slice counts when its members have taken their steps; the network is left without hooks."""
+    save_scan(tmp_path / "a.nii", "RAS")
+    chosen, seen = segmenter(BINARY, None), []
+    with listening(seen.append):
+        segment_scan(
+            chosen, str(tmp_path / "a.nii"), tmp_path, SamplingConfig(steps=3, members=2), 0, True, stage="one of 2"
+        )
+    assert {(one.stage, one.total) for one in seen} == {("one of 2", 6)}
+    done = [one.done for one in seen]
+    assert done == [0, 2, 4, 6]  # 6 slices x 2 members in one batch, after each of 3 steps
+    assert not chosen.network.out._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("a/b.nii.gz", "b"), ("b.c.MHA", "b.c"), (".nii.gz", ".nii.gz"), ("slice.dcm", "slice"), ("noending", "noending")],
+)
+def test_names(tmp_path: Path, path: str, name: str) -> None:
+    """The file's name without the format's ending; a folder's name whole, also by way of `.`."""
+    assert name_of(Path(path)) == name
+    (tmp_path / "x.dcm" / "y").mkdir(parents=True)
+    assert name_of(tmp_path / "x.dcm") == "x.dcm"
+    assert name_of(tmp_path / "x.dcm" / "y" / "..") == "x.dcm"
+
+
+@pytest.mark.parametrize("moment", ["preview", "json", "publish"])
+def test_a_scan_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Stopped while it writes, a scan leaves nothing; while files are moved, `publish` moves the rest."""
+    save_scan(tmp_path / "a.nii", "RAS")
+    out, arguments = tmp_path / "out", (segmenter(BINARY), str(tmp_path / "a.nii"))
+    segment_scan(*arguments, tmp_path / "whole", SAMPLING, 0, True)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "preview":
+            patch.setattr("medsegdiff.preview.preview", stop)
+        elif moment == "json":
+            patch.setattr(json, "dumps", stop)
+        else:
+            patch.setattr(Path, "replace", lambda path, to: stop() if to == out / "a_mask.nii.gz" else path.rename(to))
+        with pytest.raises(KeyboardInterrupt):
+            segment_scan(*arguments, out, SAMPLING, 0, True)
+    assert not (out / "a.json").exists()
+    if moment != "publish":
+        assert not out.exists() or not list(out.iterdir())
+        return
+    publish(out, "a")
+    found = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert {name: data for name, data in found.items() if name != "a.json"} == {
+        name: data for name, data in whole.items() if name != "a.json"
+    }
+    assert json.loads(found["a.json"])["voxels"] == json.loads(whole["a.json"])["voxels"]
 
 
 def torn(path: Path) -> None:

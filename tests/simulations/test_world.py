@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from medsegdiff.errors import UserError
 from medsegdiff.strict import dump_yaml, read_config
 from simulations.phantoms import PhantomConfig, write_phantoms
 from simulations.world import whole_folder, write_world
+from tests.medsegdiff.data.conftest import save_dicom
 
 CONFIG = DatasetConfig("test", "none", ("grey",), {"background": 0, "lesion": (1, 7), "other": 3}, {"all": ("lesion",)})
 ASSIGNMENT = {"north": ["elm-001", "alder-002"], "south.2": ["alder-001"]}
@@ -117,6 +119,39 @@ def test_links_in_the_way_are_followed(phantoms, tmp_path, monkeypatch, copy) ->
 def write_nifti(path: Path, array: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(array, np.diag([2.0, 2.0, 3.0, 1.0])), path)
+
+
+def test_a_copied_site_holds_series_and_voxels_beside_their_headers(tmp_path) -> None:
+    """A folder's DICOM files and the raw files of .mhd and .nhdr come along, from inside the dataset and from outside;
+    other files of the folder stay. A torn header and an empty folder are copied as they are: preparation names them."""
+    root = tmp_path / "source"
+    array = np.random.default_rng(0).integers(0, 99, (5, 4, 3)).astype(np.int16)
+    series = save_dicom(root / "p1" / "series", array)
+    (series / "report.txt").write_text("of a person")
+    elsewhere = tmp_path / "outside"
+    elsewhere.mkdir()
+    image = SimpleITK.GetImageFromArray(array)
+    for path in (root / "p1" / "mask.mhd", root / "p2.nhdr", elsewhere / "p2.mhd", elsewhere / "p1.nhdr"):
+        SimpleITK.WriteImage(image, str(path))
+    (root / "torn.mhd").write_text("NDims = 3")
+    (root / "empty").mkdir()
+    rows = ["p1/series;../outside/p1.nhdr,p1/mask.mhd", "../outside/p2.mhd,p2.nhdr", "torn.mhd,empty"]
+    lines = [f"p{number},p{number},{row}" for number, row in enumerate(rows, start=1)]
+    (root / "cases.csv").write_text("\n".join(["case_id,patient_id,image_path,mask_path", *lines]) + "\n")
+    (root / "dataset.yaml").write_text(dump_yaml(CONFIG))
+    splits = {f"p{number}": "train" for number in (1, 2, 3)}
+    before = [case.image_paths + case.mask_paths for case in open_dataset(root).cases[:2]]
+    expected = [[read_image([path], 1).array for path in paths] for paths in before]
+    write_world(open_dataset(root), {"one": list(splits)}, splits, tmp_path / "world", copy=True)
+    shutil.rmtree(root)
+    shutil.rmtree(elsewhere)
+    data = tmp_path / "world" / "one" / "data"
+    cases = open_dataset(data).cases
+    for case, arrays in zip(cases, expected, strict=False):
+        for path, array_ in zip(case.image_paths + case.mask_paths, arrays, strict=True):
+            assert np.array_equal(read_image([path], 1).array, array_)
+    assert not list(data.rglob("report.txt"))
+    assert (data / "torn.mhd").read_text() == "NDims = 3"
 
 
 def make_nnunet(folder: Path) -> None:
