@@ -117,7 +117,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(medsegfed, model, tiny_
     for out in (used, used / "mine.txt"):
         code, _, err = medsegfed(*options(model, tiny_source, "-o", out))
         assert code == 2
-        assert "not an empty folder; nothing was scored" in err
+        assert "not an empty folder; nothing was written" in err
     assert [path.name for path in used.iterdir()] == ["mine.txt"]
     for tolerance in ("nan", "inf", "-1"):
         assert medsegfed(*options(model, tiny_source, "--surface-tolerance", tolerance, "-o", tmp_path / "t"))[0] == 2
