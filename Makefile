@@ -55,6 +55,8 @@ $(PEERS)/.ready: benchmarks/requirements-peers.txt
 bench: $(READY) $(PEERS)/.ready
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.memory
 	@if [ -e $(RUN)/report.json ]; then $(BIN)/python -m benchmarks.overhead $(RUN); fi
 
 clean:

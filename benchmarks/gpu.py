@@ -1,8 +1,8 @@
 """Training and sampling on a GPU: python -m benchmarks.gpu
 
-Samples a second, TFLOP/s and their share of the device's own bf16 matrix product, peak memory beside its forecast, and
-how long the device waited for the loader. Each case is a whole `Trainer`: batches are read, augmented and copied as in
-training. `--device cpu --quick` proves the program where there is no GPU; its figures mean nothing.
+Samples a second, TFLOP/s and their share of the device's own matrix product in the same precision, peak memory beside
+its forecast, and how long the device waited for the loader. Each case is a whole `Trainer`: batches are read, augmented
+and copied as in training. `--device cpu --quick` proves the program where there is no GPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from medsegdiff.devices import choose_device
 from medsegdiff.diffusion import Diffusion
 from medsegdiff.ema import WeightAverage
 from medsegdiff.ensemble import segment_images
+from medsegdiff.errors import UserError
 from medsegdiff.network import MedSegDiff
 from medsegdiff.training import Trainer
 
@@ -104,6 +105,7 @@ def train_case(config: ModelConfig, batch: int, precision: str, compiled: bool, 
         "share_of_product": round(work / seconds / 1e3 / peak, 3),
         "waited_share": round((trainer.waited_seconds - waited) / (seconds * steps), 4),
         "first_steps_seconds": round(compiling, 1),
+        "microbatch": trainer.microbatch or batch,  # smaller than the batch where memory ran out
         "peak_mib": torch.cuda.max_memory_allocated(device) >> 20 if device.type == "cuda" else None,
         "forecast_mib": forecast_mib(config, batch, precision),
     }
@@ -158,7 +160,7 @@ def attempt(name: str, measure: Callable[[], Answer]) -> Answer:
     """A case that fails is a finding, and the others go on."""
     try:
         found = measure()
-    except (RuntimeError, MemoryError, SystemExit) as error:
+    except (RuntimeError, MemoryError, UserError) as error:
         found = {"error": str(error).splitlines()[0][:300]}
     gc.collect()
     if torch.cuda.is_available():
@@ -208,7 +210,16 @@ def measure(device: torch.device, quick: bool, steps: int, budget: float) -> Ans
 
 def describe(result: Answer) -> str:
     """The table for the terminal."""
-    keys = ["ms", "slices_a_second", "tflops", "share_of_product", "waited_share", "peak_mib", "forecast_mib"]
+    keys = [
+        "ms",
+        "slices_a_second",
+        "tflops",
+        "share_of_product",
+        "waited_share",
+        "microbatch",
+        "peak_mib",
+        "forecast_mib",
+    ]
     rows = [[row["case"], *(row.get(key, "-") for key in keys)] for row in result["training"]]
     lines = [f"{row['case']}: {row.get('slices_a_second', row.get('error'))} slices/s" for row in result["sampling"]]
     return "\n".join([table(["case", *keys], rows), *lines])
@@ -223,7 +234,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke test of tiny cases, written to gpu_quick")
     given = parser.parse_args()
     steps = 3 if given.quick else given.steps
-    result = measure(choose_device(given.device), given.quick, steps, given.budget_seconds)
+    # Without TF32 in convolutions, as in matrix products: else float32 steps would be set against a slower product.
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        device = choose_device(given.device)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
+    result = measure(device, given.quick, steps, given.budget_seconds)
     publish("gpu_quick" if given.quick else "gpu", result)
     print(describe(result))
 

@@ -31,9 +31,25 @@ app.add_typer(model_app, name="model")
 app.add_typer(data_app, name="data")
 
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of the dataset that the recipe names.")]
+
+
+def _shipped_config(given: Path | None) -> Path | None:
+    """A bare name that is no file means the description of that name that is shipped."""
+    if given is None or given.exists() or given.parent != Path():
+        return given
+    import simulations
+
+    shipped = Path(simulations.__file__).parent / "datasets" / f"{given.name}.yaml"
+    return shipped if shipped.is_file() else given
+
+
 ConfigOption = Annotated[
-    Path | None, typer.Option("--dataset-config", help="dataset.yaml for a folder that has none of its own.")
-]
+    Path | None,
+    typer.Option(
+        "--dataset-config", callback=_shipped_config,
+        help="dataset.yaml for a folder that has none of its own; or the name of a shipped one (msd_hippocampus).",
+    ),
+]  # fmt: skip
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 FuseOption = Annotated[
     str | None, typer.Option(help="How members make one mask: mean, majority or staple; default: the model's.")
@@ -284,7 +300,7 @@ def data_check(
 ) -> None:
     """What a dataset holds: patients, sites, labels, spacing, and every case that cannot be used.
 
-    Example: medsegfed data check DIR --dataset-config simulations/datasets/lgg_tcga.yaml
+    Example: medsegfed data check DIR --dataset-config lgg_tcga
     """
     from deploy.scoring import check_folder, check_lines
 

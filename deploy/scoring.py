@@ -169,14 +169,14 @@ def _coverage(patients: Sequence[PatientScore], members: int) -> dict[str, Any] 
 def scores_table(result: Mapping[str, Any]) -> Table:
     """One row a patient, and the mean; with several members also volumes: true, predicted, and the members' range."""
     table = Table(title=f"{result['folder']} read as {result['dataset']}, split {result['split']}")
-    table.add_column("patient")
+    table.add_column("patient", overflow="fold", min_width=12)
     targets = list(result["patients"][0]["dice"])
     found = result["summary"]["volume_coverage"]
     for target in targets:
         table.add_column(f"Dice {target}", justify="right")
         table.add_column(f"HD95 {target} (mm)", justify="right")
         if found:
-            table.add_column(f"volume {target}", justify="right")
+            table.add_column(f"volume {target}", justify="right", overflow="fold")
     for patient in result["patients"]:
         cells: list[str] = []
         for t in targets:
@@ -274,7 +274,8 @@ def _target_line(result: Mapping[str, Any], target: str) -> str:
 
 def _mean_hd95(result: Mapping[str, Any], target: str) -> str:
     known = [p["hd95_mm"][target] for p in result["patients"] if p["hd95_mm"][target] is not None]
-    return _figure(sum(known) / len(known) if known else None, 1)
+    of = "" if len(known) == len(result["patients"]) else f" ({len(known)} of {len(result['patients'])})"
+    return _figure(sum(known) / len(known) if known else None, 1) + (of if known else "")
 
 
 def _figure(value: float | None, digits: int = 3) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from medsegdiff.config import ModelConfig
+from medsegdiff.devices import is_out_of_memory
 from medsegdiff.errors import UserError
 
 # Beyond these a batch is hardly faster. On a CPU results differ in their last bits with the batch, so it must not
@@ -27,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass
 class Bound:
-    """At most this many items at once. It falls where that proves too many, and stays there."""
+    """At most this many items at once. Where that proves too many it falls to the next power of two for good."""
 
     items: int
 
@@ -48,11 +49,11 @@ class Bound:
                 start += len(batch)
             elif len(batch) == 1:
                 raise UserError(
-                    "the GPU's memory does not hold one slice of this model, so nothing was segmented. Free memory on "
-                    "it, or choose --device cpu."
+                    "the memory does not hold one slice of this model, so nothing was segmented. Free memory, or "
+                    "choose another --device."
                 )
             else:
-                torch.cuda.empty_cache()
+                torch.cuda.empty_cache()  # does nothing where no GPU is used
                 self.items = _power_of_two(len(batch) - 1)
 
 
@@ -60,12 +61,17 @@ def _try(work: Callable[[Sequence[T]], Tensor], batch: Sequence[T]) -> Tensor | 
     """None where memory ran out; a frame of its own, so that what the failed attempt held is free afterwards."""
     try:
         return work(batch)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None
 
 
 def bytes_per_sample(config: ModelConfig, height: int, width: int) -> int:
-    """About what one mask of height x width takes of memory while it is drawn, in float32; the weights not counted."""
+    """About what one mask of height x width takes of memory while it is drawn, in float32; the weights not counted.
+
+    A bound to be safe with, about 1.6 times what is alive at once; `medsegfed model show` forecasts the latter.
+    """
     widest = max(factor / 4**level for level, factor in enumerate(config.channel_multipliers))
     return int(4 * height * width * (MAPS_ALIVE * config.base_channels * widest + 8 * config.mask_channels))
 

@@ -61,6 +61,8 @@ def staple(masks: Tensor, prior: float | None = None, iterations: int = ITERATIO
     Guarantees:
         Raters who agree everywhere (one alone, all empty, all full) get their mask back, with probabilities 0 and 1.
     """
+    if masks.is_floating_point():
+        raise ValueError(f"masks must be bool or whole numbers, found {masks.dtype}: threshold them first")
     found = staple_labels(masks.to(torch.uint8), 2, None if prior is None else (1 - prior, prior), iterations)
     return BinaryStaple(found.probability[1], found.confusion[:, 1, 1], found.confusion[:, 0, 0], found.iterations)
 
@@ -80,15 +82,21 @@ def staple_labels(
         iterations: EM ends here at the latest.
 
     Raises:
-        ValueError: no rater, no voxel, a label outside 0..K - 1, or a prior outside (0, 1).
+        ValueError: no rater, no voxel, labels that are no whole numbers or lie outside 0..K - 1, a prior that does not
+            give each label a share, or no iteration.
     """
     raters = len(labels)
     if labels.numel() == 0:
         raise ValueError(f"STAPLE needs at least one rater and one voxel, found labels of shape {tuple(labels.shape)}")
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise ValueError(f"labels must lie in 0..{classes - 1}, found {int(labels.min())}..{int(labels.max())}")
-    if prior is not None and not all(0 < share < 1 for share in prior):
-        raise ValueError(f"the prior of each label must lie in (0, 1), found {list(prior)}")
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be whole numbers, found {labels.dtype}")
+    shares = [1 / classes] * classes if prior is None else list(prior)
+    if len(shares) != classes or not all(0 < share < 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"prior must give each of {classes} labels a share in (0, 1), 1 in sum, found {shares}")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, found {iterations}")
     # Shapes: P patterns of votes, K labels. Voxels with equal votes have equal probabilities.
     pattern, votes_RP, count_P = _patterns(labels.reshape(raters, -1), classes)
     truth_PK = torch.zeros(len(count_P), classes, dtype=torch.float64)

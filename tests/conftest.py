@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Before torch: one thread a process keeps tests quick on small machines, and waiting threads must not spin.
+# Before torch: one thread a process keeps tests quick on small machines.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -21,6 +21,7 @@ _GREY = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _GREY_ALPHA = ("LA", "La")
 _FORMATS = ("PNG", "TIFF", "GIF", "JPEG", "BMP")  # Pillow knows dozens more, some of which start other programs
 _SAMPLE_BYTES = {"I": 4, "F": 4, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}  # by mode; others take one
+MAX_COLOUR = 24  # of 255, mean over pixels, between largest and smallest colour: X-rays scanned in colour stay below
 _LOSSLESS = {".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".gif": "GIF"}
 
 
@@ -33,7 +34,7 @@ def read_picture(path: Path, channels: int) -> NDArray[np.float32]:
     with _opened(path) as picture:
         grey = picture.mode in _GREY
         if channels == 1:
-            pixels = np.asarray(picture if grey else picture.convert("L"), dtype=np.float32)[None]
+            pixels = np.asarray(picture, dtype=np.float32)[None] if grey else _grey_again(path, picture)
         elif channels == 3 and not grey and picture.mode not in _GREY_ALPHA:
             pixels = np.asarray(picture.convert("RGB"), dtype=np.float32).transpose(2, 0, 1)
         else:
@@ -41,6 +42,22 @@ def read_picture(path: Path, channels: int) -> NDArray[np.float32]:
                 path, f"a picture of mode {picture.mode} cannot give the {channels} channels declared for it"
             )
     return np.ascontiguousarray(pixels[..., None])
+
+
+def _grey_again(path: Path, picture: Image.Image) -> NDArray[np.float32]:
+    """A grey picture that was stored in colour; a tint or a few coloured marks are let through.
+
+    Raises:
+        DataFileError: it is a colour picture.
+    """
+    rgb = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    spread = float((rgb.max(axis=2) - rgb.min(axis=2)).mean())
+    if spread > MAX_COLOUR:
+        raise DataFileError(
+            path,
+            f"a colour picture (its colours differ by {spread:.0f} of 255 on average); one grey channel is read",
+        )
+    return np.asarray(picture.convert("L"), dtype=np.float32)[None]
 
 
 def read_picture_values(path: Path, colours: bool) -> NDArray[np.int32]:

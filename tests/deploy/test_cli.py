@@ -426,3 +426,12 @@ def test_a_world_without_held_out_patients_is_refused(medsegfed, tiny_recipe, tm
     """One patient a site leaves nobody to score on: refused before training."""
     recipe = tiny_recipe(("patients: 3", "patients: 1"))
     assert_refused(medsegfed("simulate", recipe, "--out", tmp_path / "run"), "would be held out")
+
+
+def test_a_shipped_description_goes_by_its_name(medsegfed, source, tmp_path) -> None:
+    """--dataset-config takes a bare name; one that is neither a file nor shipped is refused."""
+    (source / "dataset.yaml").unlink()
+    code, out, _ = medsegfed("data", "check", source, "--dataset-config", "msd_hippocampus", "--size", 16)
+    assert code == 0
+    assert "msd_hippocampus" in out
+    assert_refused(medsegfed("data", "check", source, "--dataset-config", "mars"), "there is no such file")

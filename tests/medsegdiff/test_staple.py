@@ -216,8 +216,20 @@ def test_a_hundred_raters() -> None:
 def test_what_makes_no_sense_is_refused() -> None:
     """No rater, a label out of range, a prior that leaves no choice."""
     with pytest.raises(ValueError, match="at least one rater"):
-        staple(torch.zeros(0, 4, 4))
+        staple(torch.zeros(0, 4, 4).bool())
     with pytest.raises(ValueError, match=r"0\.\.1, found 0\.\.2"):
         staple_labels(torch.tensor([[0, 2]]), 2)
     with pytest.raises(ValueError, match="prior"):
-        staple(torch.ones(2, 4), prior=1.0)
+        staple(torch.ones(2, 4).bool(), prior=1.0)
+
+
+def test_what_is_no_vote_is_refused() -> None:
+    """Probabilities in place of votes, a prior that does not fit, and no iteration are errors, not silent answers."""
+    votes = torch.tensor([[0, 1], [1, 1]])
+    with pytest.raises(ValueError, match="threshold them first"):
+        staple(torch.full((2, 4), 0.7))
+    for prior in ([0.5], [0.9, 0.9], [0.0, 1.0]):
+        with pytest.raises(ValueError, match="prior must give"):
+            staple_labels(votes, 2, prior)
+    with pytest.raises(ValueError, match="at least 1"):
+        staple_labels(votes, 2, iterations=0)

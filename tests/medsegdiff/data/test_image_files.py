@@ -135,8 +135,9 @@ def test_colours_become_channels_or_grey(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     colour = save_picture(tmp_path / "c.png", pixels)
     assert np.array_equal(read_image([colour], 3).array[..., 0], pixels.transpose(2, 0, 1))
-    luma = pixels @ np.array([0.299, 0.587, 0.114])
-    assert np.abs(read_image([colour], 1).array[0, ..., 0] - luma).max() <= 1
+    tinted = 100 + pixels // 12  # nearly grey: see test_a_colour_picture_is_no_grey_one
+    luma = tinted @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(read_image([save_picture(tmp_path / "t.png", tinted)], 1).array[0, ..., 0] - luma).max() <= 1
     alpha = save_picture(tmp_path / "a.png", np.dstack([pixels, np.zeros((5, 6), np.uint8)]))
     assert np.array_equal(read_image([alpha], 3).array[..., 0], pixels.transpose(2, 0, 1))
     grey = save_picture(tmp_path / "g.png", np.repeat(pixels[..., :1], 3, axis=2))
@@ -328,3 +329,16 @@ def test_a_single_slice_is_cut_along_its_thin_axis(
     volume = read_image([nifti(tmp_path / "i.nii", np.zeros((1, 5, 6), np.float32))], 1)
     geometry = volume.geometry(volume_config)
     assert (geometry.slices, geometry.plane, geometry.slice_axis) == (1, (5, 6), 0)
+
+
+def test_a_colour_picture_is_no_grey_one(tmp_path: Path) -> None:
+    """One channel is read from grey stored in colour, also tinted; a photograph in colour is refused."""
+    grey = np.random.default_rng(0).integers(0, 200, size=(20, 20, 1), dtype=np.uint8)
+    for name, tint, fits in (("grey", (0, 0, 0), True), ("tinted", (10, 0, 0), True), ("colour", (50, 0, 20), False)):
+        path = tmp_path / f"{name}.png"
+        Image.fromarray(grey + np.array(tint, dtype=np.uint8)).save(path)
+        if fits:
+            assert read_image([path], 1).array.shape == (1, 20, 20, 1)
+            continue
+        with pytest.raises(DataFileError, match="a colour picture"):
+            read_image([path], 1)
