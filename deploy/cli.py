@@ -171,7 +171,7 @@ def evaluate(
 
     Example: medsegfed evaluate runs/alone/model.safetensors DIR --split test --members 5 -o scores
     """
-    from deploy.scoring import evaluate_folder, scores_table
+    from deploy.scoring import evaluate_folder, scores_table, volumes_table
 
     changes = _sampling(steps, members, fuse)
     with _progress("evaluate"):
@@ -183,7 +183,10 @@ def evaluate(
         return
     from rich.console import Console
 
-    Console().print(scores_table(result))
+    console = Console()
+    console.print(scores_table(result))
+    if (volumes := volumes_table(result)) is not None:
+        console.print(volumes)
     if out is not None:
         typer.echo(f"Scores and pictures: {out}")
 

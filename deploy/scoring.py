@@ -167,33 +167,38 @@ def _coverage(patients: Sequence[PatientScore], members: int) -> dict[str, Any] 
 
 
 def scores_table(result: Mapping[str, Any]) -> Table:
-    """One row a patient, and the mean; with several members also volumes: true, predicted, and the members' range."""
+    """One row a patient, and the mean."""
     table = Table(title=f"{result['folder']} read as {result['dataset']}, split {result['split']}")
-    table.add_column("patient", overflow="fold", min_width=12)
+    table.add_column("patient", overflow="fold")
     targets = list(result["patients"][0]["dice"])
-    found = result["summary"]["volume_coverage"]
     for target in targets:
         table.add_column(f"Dice {target}", justify="right")
         table.add_column(f"HD95 {target} (mm)", justify="right")
-        if found:
-            table.add_column(f"volume {target}", justify="right", overflow="fold")
     for patient in result["patients"]:
-        cells: list[str] = []
-        for t in targets:
-            cells += [_figure(patient["dice"][t]), _figure(patient["hd95_mm"][t], 1)]
-            cells += [_size(patient["sizes"][t])] if found else []
-        table.add_row(patient["patient_id"], *cells)
+        cells = [(_figure(patient["dice"][t]), _figure(patient["hd95_mm"][t], 1)) for t in targets]
+        table.add_row(patient["patient_id"], *(text for pair in cells for text in pair))
     table.add_section()
-    cells = []
-    for t in targets:
-        cells += [_figure(result["summary"]["dice_by_target"][t]), _mean_hd95(result, t)]
-        cells += [""] if found else []
-    table.add_row("mean", *cells)
+    means = [(_figure(result["summary"]["dice_by_target"][t]), _mean_hd95(result, t)) for t in targets]
+    table.add_row("mean", *(text for pair in means for text in pair))
     notes = [_target_line(result, target) for target in targets]
-    notes += [_coverage_line(found)] if found else []
     if result["left_out"]:
         notes.append(f"{len(result['left_out'])} cases are left out: {result['left_out'][0]['reason']}")
     table.caption = "\n".join(notes) or None
+    return table
+
+
+def volumes_table(result: Mapping[str, Any]) -> Table | None:
+    """With several members: each patient's true volume, the mask's, and the members' range; how often it holds."""
+    found = result["summary"]["volume_coverage"]
+    if not found:
+        return None
+    table = Table(title="Volumes: true / of the mask (smallest-largest member); ! where the true one lies outside")
+    table.add_column("patient", overflow="fold")
+    for target in found:
+        table.add_column(target, justify="right")
+    for patient in result["patients"]:
+        table.add_row(patient["patient_id"], *(_size(patient["sizes"][target]) for target in found))
+    table.caption = _coverage_line(found)
     return table
 
 
@@ -240,16 +245,13 @@ def _size(size: Mapping[str, Any]) -> str:
 
 
 def _coverage_line(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the columns of volumes mean, and how often the members' range held the truth."""
+    """How often the members' range held the truth."""
     shares = [
         f"{target} {c['covered']} of {c['patients']} ({100 * c['wilson_95'][0]:.0f}-{100 * c['wilson_95'][1]:.0f} %)"
         for target, c in found.items()
     ]
     expected = next(iter(found.values()))["expected"]
-    return (
-        "Volumes: true / of the mask (smallest-largest member); ! where the true one lies outside. Inside: "
-        f"{', '.join(shares)}; {100 * expected:.0f} % if the truth were one more member."
-    )
+    return f"Inside: {', '.join(shares)}; {100 * expected:.0f} % if the truth were one more member."
 
 
 def _target_line(result: Mapping[str, Any], target: str) -> str:
