@@ -6,7 +6,6 @@ import csv
 import json
 import pickle
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,27 +13,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from deploy import cli
 from medsegdiff.weights import ModelCard, initial_weights, save_model, serialise
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def medsegfed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call with arguments to run the command in this process; returns exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medsegfed", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def assert_refused(result: tuple[int, str, str], *facts: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
@@ -17,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deploy import cli, evaluation_pictures
+from deploy import evaluation_pictures
 from deploy.evaluation_pictures import SHOWN, Example, Gallery, draw_example, draw_reliability, upright
 from deploy.evaluation_report import COLUMNS, scores_csv
 from medsegdiff.calibration import Calibrations
@@ -25,23 +24,6 @@ from medsegdiff.labels import LabelScheme
 from medsegdiff.weights import initial_weights, save_model
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def medsegfed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call with arguments to run the command in this process; returns exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medsegfed", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
