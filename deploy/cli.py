@@ -378,7 +378,7 @@ def main() -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
-        typer.echo("interrupted; go on with --resume", err=True)
+        typer.echo("interrupted; nothing half-written is left. A command that has --resume goes on with it.", err=True)
         sys.exit(130)
 
 

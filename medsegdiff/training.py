@@ -245,8 +245,8 @@ class Trainer:
         loss = read()
         if not math.isfinite(loss):
             raise UserError(
-                f"training diverged: the loss of step {step} is {loss}. Nothing of this round is kept. Lower "
-                f"learning_rate (now {self.config.learning_rate:g}) and start again."
+                f"training diverged: the loss of step {step} is {loss}. What came since the last saved "
+                f"state is lost. Lower the learning rate (now {self.config.learning_rate:g}) and start again."
             )
         if on_step is not None:
             on_step(step + 1, loss)

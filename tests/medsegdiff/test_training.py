@@ -217,7 +217,7 @@ def test_a_diverged_loss_is_an_error_of_one_line() -> None:
     one = trainer()
     with torch.no_grad():
         one.network.out.bias.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"loss of step 4 is nan.*learning_rate \(now 0\.01\)"):
+    with pytest.raises(UserError, match=r"loss of step 4 is nan.*learning rate \(now 0\.01\)"):
         one.run(4, 6)
 
 
