@@ -36,8 +36,10 @@ def case(root: Path, number: int, *marks: str, images: int = 1) -> None:
         f"<case><number>{number}</number><age>40</age><tirads>4a</tirads>{''.join(marks)}</case>"
     )
     for image in range(1, images + 1):
-        pixels = np.random.default_rng(image).integers(0, 256, (36, 60, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(root / f"{number}_{image}.jpg")
+        grey = np.random.default_rng(image).integers(0, 256, (36, 60, 1)).astype(np.uint8)
+        Image.fromarray(np.repeat(grey, 3, axis=2)).save(  # stored in colour, as the published ones are
+            root / f"{number}_{image}.jpg"
+        )
 
 
 def run(tmp_path: Path):
