@@ -20,7 +20,6 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 from torch import Tensor
@@ -31,7 +30,7 @@ from medsegdiff.data.prepared import PreparedCase
 from medsegdiff.evaluation import Segmentation
 from medsegdiff.labels import LabelScheme
 from medsegdiff.raters import majority
-from server.plots import DOTTED, FAINT, INK, SETTINGS, TARGET_COLOURS, uncertainty_colour
+from server.plots import DOTTED, FAINT, INK, SETTINGS, TARGET_COLOURS, draw_contours, uncertainty_colour
 
 SHOWN = 3  # best and worst each
 PICTURES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp", ".gif")  # rows and columns as they are seen
@@ -159,9 +158,9 @@ def draw_example(example: Example, targets: Sequence[str], rank: str) -> bytes:
         if zoomed:
             corner, extent = (detail[2] - 0.5, detail[0] - 0.5), (detail[3] - detail[2], detail[1] - detail[0])
             panels[0].add_patch(Rectangle(corner, *extent, fill=False, edgecolor="#ffffff", linewidth=1.0))
-        _contours(panels[1], example.truth, TARGET_COLOURS, "-")
-        _contours(panels[2], example.prediction, TARGET_COLOURS, "-")
-        _contours(panels[2], example.truth, ("#ffffff",), DOTTED)
+        draw_contours(panels[1], example.truth, TARGET_COLOURS, "-")
+        draw_contours(panels[2], example.prediction, TARGET_COLOURS, "-")
+        draw_contours(panels[2], example.truth, ("#ffffff",), DOTTED)
         levels = np.array([uncertainty_colour(step / 255) for step in range(256)])
         panels[3].imshow(levels[example.uncertainty], interpolation="nearest", aspect=example.aspect)
         _frame(panels[3], detail)
@@ -211,20 +210,6 @@ def _show(axes: Axes, example: Example, part: tuple[int, int, int, int]) -> None
 def _frame(axes: Axes, part: tuple[int, int, int, int]) -> None:
     axes.set_ylim(part[1] - 0.5, part[0] - 0.5)
     axes.set_xlim(part[2] - 0.5, part[3] - 0.5)
-
-
-def _contours(axes: Axes, masks: NDArray[np.bool_], colours: Sequence[str], style: Any) -> None:
-    outline = [Stroke(linewidth=2.8, foreground="#00000099"), Normal()]  # legible on bright tissue too
-    for index, mask in enumerate(masks):
-        if not mask.any():
-            continue
-        padded = np.pad(mask.astype(np.float64), 1)  # so that a mask at the border has a closed contour
-        height, width = mask.shape
-        lines = axes.contour(
-            np.arange(-1, width + 1), np.arange(-1, height + 1), padded, levels=[0.5],
-            colors=[colours[index % len(colours)]], linewidths=1.6, linestyles=[style],
-        )  # fmt: skip
-        lines.set_path_effects(outline)
 
 
 def draw_reliability(calibration: Mapping[str, Mapping[str, Calibration]]) -> bytes:

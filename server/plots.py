@@ -12,7 +12,7 @@ import base64
 import html
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -264,11 +264,11 @@ def example_panels(example: Example) -> list[Panel]:
         """The image as it is."""
 
     def reference(axes: Axes) -> None:
-        _contours(axes, example.truth, TARGET_COLOURS, "-")
+        draw_contours(axes, example.truth, TARGET_COLOURS, "-")
 
     def prediction(axes: Axes) -> None:
-        _contours(axes, example.prediction, TARGET_COLOURS, "-")
-        _contours(axes, example.truth, ("#ffffff",), DOTTED)
+        draw_contours(axes, example.prediction, TARGET_COLOURS, "-")
+        draw_contours(axes, example.truth, ("#ffffff",), DOTTED)
 
     def uncertainty(axes: Axes) -> None:
         axes.imshow(overlay, extent=_extent(grey), aspect="auto")
@@ -294,7 +294,8 @@ def _extent(grey: NDArray[np.float64]) -> tuple[float, float, float, float]:
     return (-0.5, width - 0.5, height - 0.5, -0.5)
 
 
-def _contours(axes: Axes, masks_THW: NDArray[np.bool_], colours: tuple[str, ...], style: Any) -> None:
+def draw_contours(axes: Axes, masks_THW: NDArray[np.bool_], colours: Sequence[str], style: Any) -> None:
+    """The outline of each target's mask, in its colour; an empty one has none."""
     outline = [Stroke(linewidth=2.6, foreground="#00000099"), Normal()]  # legible on bright tissue too
     for index, mask in enumerate(masks_THW):
         if not mask.any():

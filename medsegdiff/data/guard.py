@@ -7,6 +7,7 @@ free of torch.
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,8 @@ def decoding(path: Path) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise DataFileError(path, "there is no such file") from error
+    except gzip.BadGzipFile as error:
+        raise DataFileError(path, "cannot be decoded: its name ends in .gz, its bytes are not gzip's") from error
     # Decoders answer hostile and torn files with almost any exception (SyntaxError, KeyError, zlib.error, ...).
     except Exception as error:
         raise DataFileError(path, f"cannot be decoded ({type(error).__name__}: {error})") from error
