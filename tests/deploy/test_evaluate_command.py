@@ -19,6 +19,7 @@ from PIL import Image
 from deploy import evaluation_pictures
 from deploy.evaluation_pictures import SHOWN, Example, Gallery, draw_example, draw_reliability, upright
 from deploy.evaluation_report import COLUMNS, scores_csv
+from deploy.scoring import _mean_hd95
 from medsegdiff.calibration import Calibrations
 from medsegdiff.labels import LabelScheme
 from medsegdiff.weights import initial_weights, save_model
@@ -213,3 +214,11 @@ def test_reliability_is_drawn_for_any_number_of_targets() -> None:
         truth[1:, 2:5] = True
         calibrations.add((truth * 0.7).half(), truth)
         assert draw_reliability(calibrations.results()).startswith(b"\x89PNG")
+
+
+def test_a_mean_distance_says_of_how_many_patients_it_is() -> None:
+    """A model that finds nothing in most patients must not shine by the distances of the few."""
+    patients = [{"hd95_mm": {"t": value}} for value in (4.0, None, None)]
+    assert _mean_hd95({"patients": patients}, "t") == "4.0 (1 of 3)"
+    assert _mean_hd95({"patients": patients[:1]}, "t") == "4.0"
+    assert _mean_hd95({"patients": patients[1:]}, "t") == "-"

@@ -228,6 +228,8 @@ def test_what_is_no_vote_is_refused() -> None:
     votes = torch.tensor([[0, 1], [1, 1]])
     with pytest.raises(ValueError, match="threshold them first"):
         staple(torch.full((2, 4), 0.7))
+    with pytest.raises(ValueError, match="whole numbers"):
+        staple_labels(votes + 0.5, 2)
     for prior in ([0.5], [0.9, 0.9], [0.0, 1.0]):
         with pytest.raises(ValueError, match="prior must give"):
             staple_labels(votes, 2, prior)
