@@ -52,24 +52,47 @@ class Journal:
         if not self.path.exists():
             return []
         raw = self.path.read_bytes()
-        lines = raw.split(b"\n")
-        whole, tail = lines[:-1], lines[-1]
-        events = []
-        for number, line in enumerate(whole, start=1):
-            try:
-                event = json.loads(line)
-                if not isinstance(event, dict) or "event" not in event:
-                    raise ValueError("no event")
-                events.append(event)
-            except ValueError as error:
-                if number == len(whole) and not tail:
-                    tail = line + b"\n"  # a torn block may end in a line break as well
-                    break
-                raise UserError(
-                    f"{self.path}: line {number} of {len(whole)} is not a journal entry; the file was changed from "
-                    "outside. Restore it from a backup, or start the run in another folder."
-                ) from error
-        if tail:
+        events, good = _parse(self.path, raw)
+        if good < len(raw):
             with open(self.path, "r+b") as handle:
-                handle.truncate(len(raw) - len(tail))
+                handle.truncate(good)
         return events
+
+
+def read_events(path: Path) -> list[Event]:
+    """The events of a journal that another process may be writing: the file is never touched.
+
+    A line that is not whole yet is left out; it will be there at the next look. No file, no events.
+
+    Raises:
+        UserError: the journal is damaged elsewhere than at its end, or cannot be read.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}). Check its owner and mode.") from error
+    return _parse(path, raw)[0]
+
+
+def _parse(path: Path, raw: bytes) -> tuple[list[Event], int]:
+    """The events, and the number of bytes that hold them; what follows is the torn tail of a killed append."""
+    lines = raw.split(b"\n")
+    whole, tail = lines[:-1], lines[-1]
+    events = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            event = json.loads(line)
+            if not isinstance(event, dict) or "event" not in event:
+                raise ValueError("no event")
+            events.append(event)
+        except ValueError as error:
+            if number == len(whole) and not tail:
+                tail = line + b"\n"  # a torn block may end in a line break as well
+                break
+            raise UserError(
+                f"{path}: line {number} of {len(whole)} is not a journal entry; the file was changed from "
+                "outside. Restore it from a backup, or start the run in another folder."
+            ) from error
+    return events, len(raw) - len(tail)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medsegdiff.errors import UserError
-from server.journal import Journal
+from server.journal import Journal, read_events
 
 
 def filled(path, rounds: int = 3) -> Journal:
@@ -102,3 +102,28 @@ def test_each_line_is_one_json_object(tmp_path) -> None:
     journal.append("rejected", reason="two\nlines\u2028and more")
     assert [json.loads(line)["event"] for line in (tmp_path / "j").read_bytes().split(b"\n")[:-1]] == ["rejected"]
     assert len(Journal(tmp_path / "j").events) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.integers(0, 400))
+def test_a_reader_disturbs_nothing(tmp_path_factory, cut) -> None:
+    """Whatever part of a line is there when somebody looks: the whole events are told, no byte is taken away."""
+    path = tmp_path_factory.mktemp("j") / "journal.jsonl"
+    filled(path)
+    whole = path.read_bytes()
+    seen = whole[: max(0, len(whole) - cut)]
+    path.write_bytes(seen)
+    assert [event["round"] for event in read_events(path)] == list(range(seen.count(b"\n")))
+    assert path.read_bytes() == seen
+
+
+def test_a_reader_names_what_it_cannot_read(tmp_path) -> None:
+    """No journal yet is no fault; damage in the middle and a folder in its place are, in one line."""
+    path = tmp_path / "j"
+    assert read_events(path) == []
+    filled(path)
+    path.write_bytes(path.read_bytes().replace(b"round", b"\x00\x00", 1))
+    with pytest.raises(UserError, match="line 1 of 3 is not a journal entry"):
+        read_events(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_events(tmp_path)
