@@ -9,15 +9,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from medsegdiff.errors import UserError
 
+# Names that become folders on any system, and parts of certificates: no separators, no blanks, no leading dot or dash.
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
-def write_atomic(path: Path, data: bytes) -> None:
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write `data` to `path` so that a crash leaves the old file or the new one.
+
+    Args:
+        mode: of the new file, less the umask; 0o600 for secrets, which then are at no moment readable by others.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written; the old file is untouched.
@@ -25,7 +32,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as handle:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as handle:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())

@@ -13,7 +13,6 @@ import csv
 import hashlib
 import io
 import os
-import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,16 +24,13 @@ from medsegdiff.data.dataset import Case, Dataset
 from medsegdiff.data.folder import SEPARATOR
 from medsegdiff.data.guard import DataFileError
 from medsegdiff.errors import UserError
-from medsegdiff.files import write_atomic
+from medsegdiff.files import FOLDER_NAME, write_atomic
 from medsegdiff.progress import Progress, report
 from medsegdiff.strict import dump_yaml
 
 COLUMNS = (
     "case_id", "patient_id", "site", "split", "image_path", "mask_path", "volume_id", "slice_index", "spacing_mm",
 )  # fmt: skip
-
-# Names become folders on any system and part of certificates: no separators, no blanks, no leading dot or dash.
-SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def write_world(
@@ -107,7 +103,7 @@ def _check_names(sites: Sequence[str]) -> None:
     if not sites:
         raise UserError("a world of 0 sites was asked for; nothing was written. Assign patients to at least one site.")
     for site in sites:
-        if not SITE_NAME.fullmatch(site):
+        if not FOLDER_NAME.fullmatch(site):
             raise UserError(
                 f"site name {site!r} cannot name a folder; nothing was written. Use at most 64 letters, digits, '-', "
                 "'_' and '.', beginning with a letter or digit."

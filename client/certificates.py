@@ -1,0 +1,118 @@
+"""Forms that keys and certificates take, and how long a certificate lasts. Holds no state and no secrets."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+
+from medsegdiff.errors import UserError
+
+WARNING_DAYS = (30, 7, 1)  # days left on a certificate at which a warning is due
+
+
+def new_tls_key() -> ec.EllipticCurvePrivateKey:
+    """A key for TLS: P-256, which every TLS library does fastest."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def signing_request(key: ec.EllipticCurvePrivateKey, site: str) -> str:
+    """A PEM certificate signing request for `site` (its common name)."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, site)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def private_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
+    """A private key as PKCS #8 PEM, not encrypted: the file's mode protects it."""
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def key_fingerprint(key: PublicKeyTypes) -> str:
+    """Hex SHA-256 of a public key (DER SubjectPublicKeyInfo)."""
+    data = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(data).hexdigest()
+
+
+def spoken(fingerprint: str) -> str:
+    """A fingerprint in groups of four, to be read out on the phone."""
+    return " ".join(fingerprint[start : start + 4] for start in range(0, len(fingerprint), 4))
+
+
+def openssh_line(key: ec.EllipticCurvePublicKey) -> str:
+    """A public key as one OpenSSH line, without a comment."""
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode("ascii")
+
+
+def load_node_key(node_public_ssh: str) -> ec.EllipticCurvePublicKey:
+    """The public node key of one OpenSSH line.
+
+    Raises:
+        ValueError: not an ECDSA P-384 key in exactly the form that `SiteKeys.node_public_ssh` gives (no comment).
+    """
+    try:
+        key = serialization.load_ssh_public_key(node_public_ssh.encode("ascii"))
+    except (UnicodeEncodeError, UnsupportedAlgorithm) as error:
+        raise ValueError("the node key is no OpenSSH public key") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise ValueError("the node key is not an ECDSA P-384 key")
+    if openssh_line(key) != node_public_ssh:
+        raise ValueError("the node key is not in plain form (type and base64, one space, no comment)")
+    return key
+
+
+def node_key_header(node_public_ssh: str) -> str:
+    """The value of Flower's `flwr-public-key` header for a node key: base64 of its PEM SubjectPublicKeyInfo.
+
+    flwr 1.41: `NodeAuthHttpInterceptor` sends b64encode(public_key_to_bytes(key)). The gateway ties each certificate to
+    this text.
+    """
+    pem = load_node_key(node_public_ssh).public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return base64.b64encode(pem).decode("ascii")
+
+
+def read_certificate(path: Path) -> x509.Certificate:
+    """The first certificate of a PEM file, which may hold a key before it.
+
+    Raises:
+        UserError: there is no such file, or no certificate in it.
+    """
+    try:
+        return x509.load_pem_x509_certificate(read_bytes(path))
+    except ValueError as error:
+        raise UserError(f"{path}: holds no certificate ({error}). Install it anew.") from error
+
+
+def days_left(certificate: x509.Certificate, now: datetime | None = None) -> float:
+    """Days, with their fraction, until a certificate expires; negative afterwards."""
+    return (certificate.not_valid_after_utc - (now or datetime.now(UTC))).total_seconds() / 86_400
+
+
+def certificate_days_left(path: Path, now: datetime | None = None) -> float:
+    """`days_left` of the certificate in a PEM file. Raises UserError when there is none."""
+    return days_left(read_certificate(path), now)
+
+
+def expiry_warning(days: float) -> int | None:
+    """Which of the warnings (30, 7, 1 days) is due with `days` left, if any. An expired certificate stays at 1."""
+    return min((limit for limit in WARNING_DAYS if days <= limit), default=None)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes; UserError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path and its rights.") from error
