@@ -1,0 +1,441 @@
+"""A log to which entries are added and from which none can be taken without its showing.
+
+**Format.** One JSON object a line, ASCII, in this order: `n` (1, 2, ...), `time` (UTC), `event`, the event's own
+fields, `prev` (hash of the line before; 64 zeros in the first), `hash`: the SHA-256 of the line's own bytes up to, and
+without, `,"hash":`. So each line fixes all lines before it, and an auditor needs no more than `sha256sum` to check one.
+Beside the log lies `NAME.head`: how many lines and bytes are committed, and the last hash. `verify_log` sees any change
+of a byte: inside a line by its hash, of whole lines by `n` and `prev`, at the end by the head file.
+
+**Order of writing**, under an exclusive lock of the log file: the line, fsync, then the head file (written beside,
+fsync, renamed). An entry counts once the head file knows it, and `append` returns only then. The head file therefore
+never knows more than the log holds, and a log that is shorter than its head file says was cut. A killed append leaves
+bytes behind the committed ones. The next append mends that:
+
+- one whole line that continues the chain: the kill came before the head file was renamed; the line is kept;
+- anything else, up to a line's length: the kill came within the write; the bytes are cut off, and an event
+  `log_mended` with their number tells so;
+- more than one line: no kill leaves that (an append begins only when the head file knows all lines), an older head
+  file was put back; nothing is mended or appended.
+
+Until then `verify_log` reports the tail as a fault, for it cannot tell a kill from an addition by hand.
+
+**What it cannot prove.** Who can write both files can write another history, or put older copies of both back. Against
+that a head has to be known elsewhere: the other side of a federation, a mail, a sheet of paper. `verify_log` takes
+such a head as `anchor` and demands that it occurs in the chain.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from medsegdiff.errors import UserError
+from medsegdiff.files import write_atomic
+
+GENESIS = "0" * 64  # the hash before the first line
+MAX_LINE = 65_536  # bytes of a line: what a killed append may leave, and what a reader has to hold at once
+_TAIL = len(',"hash":""}') + 64
+_RESERVED = frozenset({"n", "time", "event", "prev", "hash"})
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A log whose every line is as it was written."""
+
+    lines: int
+    head: str  # hex SHA-256 of the last line; 64 zeros of an empty log
+    first: str | None = None  # time of the first line, UTC
+    last: str | None = None
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The head file: what of the log is committed."""
+
+    count: int = 0
+    head: str = GENESIS
+    bytes: int = 0
+
+
+class ChainedLog:
+    """The log at `path`, begun by the first append. Any number of processes and threads may append to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def head(self) -> str:
+        """Hash of the last committed line, as the head file says; 64 zeros before the first. Nothing is verified."""
+        return (_read_head(self.path) or _Head()).head
+
+    @property
+    def length(self) -> int:
+        """Number of committed lines, as the head file says. Nothing is verified."""
+        return (_read_head(self.path) or _Head()).count
+
+    def append(self, event: str, **fields: Any) -> str:
+        """Add one entry and flush it to the disk; returns the new head. Reads no more than the last line.
+
+        Raises:
+            UserError: the disk refuses (log and head stay as they were), the entry is longer than 64 KiB, or the end of
+                the log is not what the head file says.
+            ValueError: a field has a reserved name or holds what JSON has not.
+        """
+        if taken := sorted(_RESERVED & set(fields)):
+            raise ValueError(f"the fields {taken} belong to the log itself")
+        with _open(self.path) as descriptor:
+            head = _mend(self.path, descriptor, _committed(self.path, descriptor))
+            return _add(self.path, descriptor, head, event, fields).head
+
+
+def verify_log(path: Path, anchor: str | None = None) -> Verified:
+    """Check every line of a log against its successor and the head file. Streams; holds one line at a time.
+
+    Args:
+        anchor: a head that was noted elsewhere; it has to occur in the chain.
+
+    Raises:
+        UserError: names the first line that is not as it was written, or what else is wrong.
+    """
+    walk = _Walk()
+    walk.run(path, anchor)
+    return walk.seen
+
+
+def audit_report(path: Path, anchor: str | None = None) -> tuple[bool, list[str]]:
+    """Whether the log is sound, and lines for a person: counts, times, head, and OK or the fault."""
+    walk = _Walk()
+    try:
+        walk.run(path, anchor)
+        verdict = "OK: no line was changed, removed, added or moved" + (
+            "; the head noted elsewhere is among them." if anchor else "."
+        )
+    except UserError as error:
+        verdict = f"FAULT: {error}"
+    seen, sound = walk.seen, "" if verdict.startswith("OK") else " sound ones before the fault"
+    lines = [f"log         {path}", f"lines       {seen.lines:,}{sound}"]
+    if seen.lines:
+        lines += [f"first       {seen.first}", f"last        {seen.last}", f"head        {seen.head}"]
+    return not sound, [*lines, verdict]
+
+
+def audit_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries as they stand, in order; none where there is no log yet. Nothing is verified.
+
+    Raises:
+        UserError: a line is no JSON object, or the file cannot be read.
+    """
+    head = _read_head(path)
+    if head is None and not path.exists():
+        return
+    left = path.stat().st_size if head is None else head.bytes
+    with _reading(path, lock=False) as handle:  # committed bytes do not change; a lock would stop a reader that appends
+        number = 0
+        while left > 0 and (line := handle.readline(MAX_LINE + 1)):
+            number, left = number + 1, left - len(line)
+            try:
+                yield _entry(line)
+            except ValueError as error:
+                raise _fault(path, number, str(error)) from error
+
+
+class _Walk:
+    """One verification; `seen` holds what was found sound so far."""
+
+    def __init__(self) -> None:
+        self.seen = Verified(0, GENESIS)
+
+    def run(self, path: Path, anchor: str | None) -> None:
+        anchor = anchor and anchor.strip().lower()
+        if anchor is not None and not _HEX.fullmatch(anchor):
+            raise UserError(f"{anchor[:80]!r} is no head of a log: 64 hexadecimal digits are. Copy it anew.")
+        with _reading(path) as handle:
+            committed = _read_head(path)
+            if committed is None:
+                raise _headless(path)
+            size, anchored = 0, anchor in (None, GENESIS)
+            while self.seen.lines < committed.count and (line := handle.readline(MAX_LINE + 1)):
+                self._take(path, line, committed)
+                size += len(line)
+                anchored = anchored or self.seen.head == anchor
+            self._check_end(path, committed, size, handle.read(MAX_LINE + 1))
+        if not anchored:
+            raise UserError(
+                f"{path}: the head {anchor} that was noted elsewhere occurs in none of the {self.seen.lines:,} lines: "
+                "log and head file were replaced together, or older copies of both put back. Keep both files as "
+                "evidence and ask who had access."
+            )
+
+    def _take(self, path: Path, line: bytes, committed: _Head) -> None:
+        number = self.seen.lines + 1
+        if not line.endswith(b"\n"):
+            cut = f"it breaks off, and the head file knows {committed.count:,} whole lines"
+            raise _fault(path, number, cut if len(line) <= MAX_LINE else f"it is longer than {MAX_LINE:,} bytes")
+        try:
+            time = _parse(line, number, self.seen.head)["time"]
+        except ValueError as error:
+            raise _fault(path, number, str(error)) from error
+        self.seen = Verified(number, _hash_in(line), self.seen.first or time, time)
+
+    def _check_end(self, path: Path, committed: _Head, size: int, rest: bytes) -> None:
+        if self.seen.lines < committed.count:
+            missing = committed.count - self.seen.lines
+            raise UserError(
+                f"{path}: the head file knows {committed.count:,} lines, the log holds {self.seen.lines:,}: the last "
+                f"{missing:,} were removed. Keep both files as evidence; restore the log from a backup."
+            )
+        if self.seen.head != committed.head or size != committed.bytes:
+            raise UserError(
+                f"{path}: its {self.seen.lines:,} lines hold together, but the head file names another end: one of the "
+                "two was changed or put back. Keep both as evidence."
+            )
+        if rest:
+            raise UserError(
+                f"{path}: line {self.seen.lines + 1:,} and what follows ({_size(rest)} bytes) are not known to the "
+                "head file: an append was killed, which the next one mends, or they were added by hand."
+            )
+
+
+# --- a line -----------------------------------------------------------------------------------------------------------
+
+
+def _compose(n: int, event: str, fields: dict[str, Any], prev: str) -> bytes:
+    """One line with its break. ASCII: whoever looks at the log on a terminal sees what stands there."""
+    time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    entry = {"n": n, "time": time, "event": event, **fields, "prev": prev}
+    body = json.dumps(entry, separators=(",", ":"), allow_nan=False)[:-1].encode("ascii")
+    return body + f',"hash":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode("ascii")
+
+
+def _hash_in(line: bytes) -> str:
+    return line[-67:-3].decode("ascii", "replace")
+
+
+def _parse(line: bytes, number: int, prev: str) -> dict[str, Any]:
+    """A whole line as the entry it is. Raises ValueError saying why it does not stand at this place of the chain."""
+    body, tail = line[: -_TAIL - 1], line[-_TAIL - 1 :]
+    if tail != f',"hash":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode("ascii"):
+        raise ValueError("its bytes are not those that were written")
+    entry = _entry(line)
+    if entry.get("n") != number or entry.get("prev") != prev:
+        raise ValueError(
+            f"it is entry {entry.get('n')} and does not follow the line before it: lines were removed, added or moved"
+        )
+    return entry
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    with suppress(ValueError, RecursionError):
+        entry = json.loads(line)
+        if isinstance(entry, dict) and isinstance(entry.get("time"), str) and isinstance(entry.get("event"), str):
+            return entry
+    raise ValueError("it is no entry of such a log")
+
+
+def _fault(path: Path, number: int, what: str) -> UserError:
+    return UserError(
+        f"{path}: line {number:,} is not as it was written: {what}. Keep log and head file as evidence; restore them "
+        "from a backup."
+    )
+
+
+# --- the two files ----------------------------------------------------------------------------------------------------
+
+
+def _head_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.head")
+
+
+def _read_head(path: Path) -> _Head | None:
+    """The head file, None where there is none.
+
+    Raises:
+        UserError: it is there and is none.
+    """
+    try:
+        with open(_head_path(path), "rb") as handle:
+            raw = handle.read(1024)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(
+            f"{_head_path(path)}: cannot be read ({error.strerror}). Check the path and its permissions."
+        ) from error
+    try:
+        said = json.loads(raw)
+        head = _Head(said["count"], said["head"], said["bytes"])
+        if raw != _head_bytes(head) or not _HEX.fullmatch(head.head) or min(head.count, head.bytes) < 0:
+            raise ValueError("not as it is written")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(
+            f"{_head_path(path)}: is not as it was written; it was changed from outside, so it cannot be told whether "
+            "the log is whole. Keep both files as evidence; restore them from a backup."
+        ) from error
+    return head
+
+
+def _head_bytes(head: _Head) -> bytes:
+    return f'{{"count":{int(head.count)},"head":"{head.head}","bytes":{int(head.bytes)}}}\n'.encode("ascii")
+
+
+def _write_head(path: Path, head: _Head) -> None:
+    write_atomic(_head_path(path), _head_bytes(head), mode=0o600)
+
+
+def _headless(path: Path) -> UserError:
+    return UserError(
+        f"{_head_path(path)}: the head file is missing, so it cannot be told whether lines were cut off the log's end. "
+        "Restore it from a backup; to begin anew, move the log to where it is kept as evidence."
+    )
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[int]:
+    """The log's descriptor, for this process and thread alone until the block ends."""
+    head = _read_head(path)
+    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if head is None or head.count == 0 else 0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, flags, 0o600)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: the log is gone, and its head file knows {head.count if head else 0:,} lines. Restore it from a "
+            "backup; to begin anew, move the head file to where it is kept as evidence."
+        ) from error
+    except OSError as error:
+        raise _refused(path, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)  # and with it the lock
+
+
+@contextmanager
+def _reading(path: Path, lock: bool = True) -> Iterator[IO[bytes]]:
+    """The log for reading; with `lock`, while nobody appends."""
+    try:
+        handle = open(path, "rb")  # noqa: SIM115  # closed below; only what opening raises is caught here
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such log. Check the folder.") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from error
+    with handle:
+        if lock:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield handle
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: an entry could not be written ({error.strerror or error}); log and head file are as they were, and "
+        "nothing may happen unrecorded. Free space or mend the permissions, then repeat."
+    )
+
+
+# --- appending --------------------------------------------------------------------------------------------------------
+
+
+def _committed(path: Path, descriptor: int) -> _Head:
+    """What the head file says, checked against the end of the log; a new log gets its head file first.
+
+    Raises:
+        UserError: the log is shorter, or ends otherwise, than the head file says.
+    """
+    head, size = _read_head(path), os.fstat(descriptor).st_size
+    if head is None:
+        if size:
+            raise _headless(path)
+        head = _Head()
+        write_atomic(
+            _head_path(path), _head_bytes(head)
+        )  # before the first line: from now on a log without a head file was tampered with
+    if size < head.bytes:
+        raise UserError(
+            f"{path}: the head file knows {head.count:,} lines in {head.bytes:,} bytes, the log holds {size:,}: its "
+            "end was cut off, and nothing is added to it. Keep both files as evidence, moved elsewhere; a new log "
+            "begins then."
+        )
+    if head.count:
+        start = max(0, head.bytes - MAX_LINE - 1)
+        last = os.pread(descriptor, head.bytes - start, start).rstrip(b"\n").rpartition(b"\n")[2] + b"\n"
+        body = last[: -_TAIL - 1]
+        if _hash_in(last) != head.head or hashlib.sha256(body).hexdigest() != head.head:
+            raise _fault(path, head.count, "its bytes are not those that the head file names")
+    return head
+
+
+def _mend(path: Path, descriptor: int, head: _Head) -> _Head:
+    """Deal with what a killed append left behind the committed bytes."""
+    rest = os.pread(descriptor, MAX_LINE + 1, head.bytes)
+    if not rest:
+        return head
+    first, break_, more = rest.partition(b"\n")
+    line = first + break_
+    follows = bool(break_) and _continues(line, head)
+    if (follows and more) or len(rest) > MAX_LINE:
+        raise UserError(
+            f"{path}: holds more than one line that its head file ({head.count:,} lines) does not know: an older head "
+            "file was put back, or lines were added by hand. Nothing is added. Keep both files as evidence, moved "
+            "elsewhere; a new log begins then."
+        )
+    if follows:
+        kept = _Head(head.count + 1, _hash_in(line), head.bytes + len(line))
+        _write_head(path, kept)
+        return kept
+    try:
+        os.ftruncate(descriptor, head.bytes)
+        os.fsync(descriptor)
+    except OSError as error:
+        raise _refused(path, error) from error
+    return _add(path, descriptor, head, "log_mended", {"cut_bytes": len(rest)})
+
+
+def _continues(line: bytes, head: _Head) -> bool:
+    try:
+        return bool(_parse(line, head.count + 1, head.head))
+    except ValueError:
+        return False
+
+
+def _add(path: Path, descriptor: int, head: _Head, event: str, fields: dict[str, Any]) -> _Head:
+    line = _compose(head.count + 1, event, fields, head.head)
+    if len(line) > MAX_LINE:
+        raise UserError(
+            f"{path}: an entry '{event[:40]}' of {len(line):,} bytes is too long; the limit is {MAX_LINE:,}."
+        )
+    new = _Head(head.count + 1, _hash_in(line), head.bytes + len(line))
+    try:
+        written = 0
+        while written < len(line):
+            written += os.pwrite(descriptor, line[written:], head.bytes + written)
+        os.fsync(descriptor)
+        _write_head(path, new)
+    except (OSError, UserError) as error:
+        _take_back(path, descriptor, head)
+        if isinstance(error, OSError):
+            raise _refused(path, error) from error
+        raise
+    return new
+
+
+def _take_back(path: Path, descriptor: int, head: _Head) -> None:
+    """Cut off a line that could not be committed, unless the head file was renamed before the disk refused."""
+    with suppress(OSError, UserError):  # what cannot be cut off now, the next append mends
+        if _read_head(path) == head:
+            os.ftruncate(descriptor, head.bytes)
+            os.fsync(descriptor)
+
+
+def _size(rest: bytes) -> str:
+    return f"{len(rest):,}" if len(rest) <= MAX_LINE else f"more than {MAX_LINE:,}"
