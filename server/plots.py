@@ -120,6 +120,9 @@ def learning_curves(report: Report, quantity: Literal["loss", "dice"]) -> str | 
             ends.append(_draw_mean(axes, curves))
         axes.set_xlabel("Round")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        if len({number for curve in curves.values() for number, _ in curve}) == 1:
+            only = next(iter(curves.values()))[0][0]
+            axes.set_xlim(only - 1.5, only + 1.5)  # else the axis counts fractions of a round
         axes.set_ylabel("Training loss" if quantity == "loss" else "Dice")
         low, high = (0.0, 1.0) if quantity == "dice" else _loss_range(curves)
         axes.set_ylim(low, high)

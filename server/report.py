@@ -185,6 +185,8 @@ def _page(report: Report, examples: Sequence[Example]) -> str:
         target_colours=plots.TARGET_COLOURS,
         uncertainty_scale=plots.gradient(plots.uncertainty_on_grey),
         participation=_participation(report),
+        refused=any(site.refusals for site in report.sites.values()),
+        begun=report.unfinished is None or report.unfinished.committed > 0,
         settings=_settings(report),
         dash=text.NONE,
         epsilon=any(site.epsilon is not None for site in report.sites.values()),
@@ -209,7 +211,9 @@ def _site_row(report: Report, name: str) -> dict[str, Any]:
 
 
 def _end_rows(report: Report) -> list[dict[str, Any]]:
-    """The rows under the sites: mean and worst site."""
+    """The rows under the sites: mean and worst site; none where there is nothing to put into them."""
+    if not report.present_arms and not _total_pair(report):
+        return []
     distances = [_hd95_over_sites(report, arm) for arm in report.present_arms]
     rows = []
     for place, (name, score) in enumerate((("Mean", report.mean_of), ("Worst site", report.worst_of))):
@@ -262,24 +266,28 @@ def _matrix(report: Report) -> dict[str, Any] | None:
 
 
 def _participation(report: Report) -> list[dict[str, str]]:
-    """The sites that missed a round, had an update rejected, or skipped a case."""
+    """The sites that missed a round, had an update rejected, refused to take part, or skipped a case."""
     return [
         {
             "name": name,
             "absent": text.rounds_text(site.absent_rounds) or text.NONE,
             "rejected": "; ".join(f"round {fault.round}: {fault.reason}" for fault in site.rejected_rounds)
             or text.NONE,
+            "refusals": "; ".join(
+                said.reason + (f" ({said.times} times)" if said.times > 1 else "") for said in site.refusals
+            )
+            or text.NONE,
             "faults": text.count_text(site.faults),
         }
         for name, site in report.sites.items()
-        if site.absent_rounds or site.rejected_rounds or site.faults
+        if site.absent_rounds or site.rejected_rounds or site.refusals or site.faults
     ]
 
 
 def _settings(report: Report) -> list[tuple[str, str]]:
     """What is needed to repeat the run, in words."""
     strategy = ", ".join(_setting(key, value) for key, value in report.strategy.items() if key != "name")
-    model = ", ".join(_setting(key, value) for key, value in report.model.items() if key != "preset")
+    model = ", ".join(_setting(key, value) for key, value in report.model.items() if key not in ("preset", "hash"))
     parts = ", ".join(
         f"{part} {text.duration_text(spent)}"
         for part, spent in report.seconds.items()
@@ -302,10 +310,15 @@ def _settings(report: Report) -> list[tuple[str, str]]:
             ("Channels", ", ".join(facts.channels)),
             ("Targets", ", ".join(facts.targets)),
         ]
+    if report.model.get("hash"):
+        pairs.append(("Model's SHA-256", str(report.model["hash"])))
     if report.hardware is not None:
         pairs.append(("Hardware", ", ".join(_setting(key, value) for key, value in report.hardware.items())))
-    pairs.append(("Software", ", ".join(f"{name} {version}" for name, version in report.software.items() if version)))
-    return pairs
+    applications = {site.application for site in report.sites.values()} - {None}
+    if applications:
+        pairs.append(("Program at the sites", ", ".join(sorted(str(name)[:16] for name in applications))))
+    programs = ", ".join(f"{name} {version}" for name, version in report.software.items() if version)
+    return [*pairs, ("Software", programs)] if programs else pairs
 
 
 def _setting(key: str, value: Setting) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 
 from medsegdiff.strict import Strict
+from server.rounds import RunState
 
 Arm = Literal["federated", "local", "pooled"]
 ARMS: tuple[Arm, ...] = ("federated", "local", "pooled")
@@ -54,6 +55,15 @@ class RejectedRound(Strict):
 
 
 @dataclass(frozen=True)
+class Refusal(Strict):
+    """What a site declined to do, in its own code and words, and how often it said so."""
+
+    code: str
+    reason: str
+    times: Annotated[int, Field(ge=1)] = 1
+
+
+@dataclass(frozen=True)
 class SiteScores(Strict):
     """One site: whom it holds, how each arm does on its test patients, and when it was not part of a round."""
 
@@ -66,6 +76,9 @@ class SiteScores(Strict):
     dice_by_target: dict[Arm, dict[str, Dice | None] | None] | None = None
     hd95_undefined: dict[Arm, Count | None] | None = None  # test patients with one of the two masks empty
     faults: Count | None = None  # cases skipped because they could not be read
+    refusals: tuple[Refusal, ...] = ()
+    software: dict[str, str] | None = None  # versions at the site; federations only, as are the two around it
+    application: str | None = None  # hash of the program that ran at the site
 
     def dice_of(self, arm: Arm) -> float | None:
         return (self.dice or {}).get(arm)
@@ -119,6 +132,15 @@ class Traffic(Strict):
 
 
 @dataclass(frozen=True)
+class Progress(Strict):
+    """How far the run of a federation has come; a simulation is reported when all is done."""
+
+    state: RunState
+    committed: Count  # rounds whose model stands
+    scored: Count | None  # the round whose model the sites' Dice are of; None: none was scored yet
+
+
+@dataclass(frozen=True)
 class Report(Strict):
     """The whole of report.json. `model`, `strategy`, `software` and `hardware` may hold further settings."""
 
@@ -139,6 +161,7 @@ class Report(Strict):
     hardware: dict[str, str | int | None] | None
     notes: tuple[str, ...]
     cross_site: CrossSite | None = None
+    progress: Progress | None = None
 
     def __post_init__(self) -> None:
         for key, wanted in (("model", ("preset", "parameters")), ("strategy", ("name",)), ("seconds", ("total",))):
@@ -151,6 +174,15 @@ class Report(Strict):
             shape = [len(row) for row in self.cross_site.dice]
             due = [len(self.cross_site.sites)] * len(self.cross_site.models)
             _require(shape == due, f"cross_site.dice has rows of {shape} numbers where its names call for {due}")
+
+        if self.progress is not None:
+            most = max(self.progress.committed, self.progress.scored or 0)
+            _require(most <= self.rounds, f"progress holds round {most} of {self.rounds}")
+
+    @property
+    def unfinished(self) -> Progress | None:
+        """How far a run has come that is not at its end."""
+        return self.progress if self.progress is not None and self.progress.state != "finished" else None
 
     def mean_of(self, arm: Arm) -> float | None:
         score = self.arms.get(arm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from server.report_schema import Arm, Report
+from server.rounds import RunState
 
 ARM_NAMES: dict[Arm, str] = {"federated": "Federated", "local": "Local only", "pooled": "Pooled"}
 NONE = "–"  # an en dash: the figure does not apply or was not reported
@@ -93,10 +94,35 @@ def worst_site(report: Report, arm: Arm) -> str | None:
     return min(scored, key=lambda name: scored[name]) if scored else None
 
 
+STATES: dict[RunState, str] = {
+    "not started": "The run has not begun.",
+    "running": "The run goes on.",
+    "waiting": "The run waits for its sites.",
+    "paused": "The run is paused.",
+    "stopped": "The run was stopped before its end.",
+    "failed": "The run broke off before its end.",
+    "finished": "",
+}
+
+
 def headline(report: Report) -> str:
     """What came of the run, in one paragraph: every loss stands beside the gains, at the same size."""
+    progress = report.unfinished
+    if progress is None:
+        return _result(report, f"After {plural(report.rounds, 'round')}")
+    if not progress.committed:
+        return f"{STATES[progress.state]} Of {plural(report.rounds, 'round')}, none is committed yet."
+    scored = progress.scored or progress.committed
+    text = f"{STATES[progress.state]} " + _result(report, f"After {scored} of {plural(report.rounds, 'round')}")
+    later = tuple(range(scored + 1, progress.committed + 1))
+    if later:
+        text += f" Round {rounds_text(later)} stands as well and is not scored yet."
+    return text
+
+
+def _result(report: Report, when: str) -> str:
     mean, worst = report.mean_of("federated"), report.worst_of("federated")
-    after = f"After {plural(report.rounds, 'round')} over {plural(len(report.sites), 'site')}"
+    after = f"{when} over {plural(len(report.sites), 'site')}"
     if mean is None:
         return f"{after}, no Dice of the federated model was reported."
     gain = difference(mean, report.mean_of("local"))
@@ -119,7 +145,7 @@ def headline(report: Report) -> str:
 
 
 def _no_comparison() -> str:
-    return " Local-only and pooled training were not run, so what federation gained is not measured here."
+    return " No other model was trained beside it, so what federation gained is not measured here."
 
 
 def _verdict(gain: float, low_gain: float | None) -> str:
@@ -173,7 +199,7 @@ def key_figures(report: Report) -> list[KeyFigure]:
         _patients_figure(report),
         KeyFigure(
             "Rounds",
-            str(report.rounds),
+            f"{report.unfinished.committed} of {report.rounds}" if report.unfinished else str(report.rounds),
             f"of {plural(report.local_steps, 'local step')}" if report.local_steps is not None else "",
         ),
         KeyFigure("Weights sent up", bytes_text(report.bytes.up), f"down: {bytes_text(report.bytes.down)}"),
@@ -230,9 +256,10 @@ def caveats(report: Report) -> list[str]:
     }
     if small:
         each = ", ".join(f"{name} {count}" for name, count in small.items())
+        effect = "decide the order of the arms" if len(report.present_arms) > 1 else "move the mean Dice by 0.1 or more"
         found.append(
             f"Fewer than {FEW_PATIENTS} test patients at {plural(len(small), 'site')} ({each}): "
-            "a single patient can decide the order of the arms there."
+            f"a single patient can {effect} there."
         )
     for arm in report.present_arms:
         undefined = sum(site.undefined_of(arm) for site in report.sites.values())

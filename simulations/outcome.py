@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from medsegdiff.data.prepared import PreparedCase
 from medsegdiff.evaluation import segment_prepared
 from medsegdiff.files import write_atomic
 from medsegdiff.metrics import dice, majority
-from medsegdiff.network import parameter_count
-from medsegdiff.strict import plain
 from medsegdiff.weights import Segmenter, build, hash_weights
 from server.config import RunPlan
 from server.journal import Event, Journal
+from server.outcome import arm_score, describe_run, seconds_row
 from server.report import Example, write_report
+from server.rounds import absences, history, site_seconds, traffic, working_seconds
 from server.summary import hardware, software
 from simulations.recipe import Recipe
 
@@ -80,43 +79,25 @@ def write_outcome(
         arm_seconds: spent training the comparison arms.
     """
     journal = Journal(folder / "journal.jsonl")
+    events = journal.events
     last = journal.last("scores", round=plan.task.rounds)
     scores = {"federated": last["sites"] if last else {}, **models}
     segmenter = build(plan.task.card, weights)
     examples = example_cases(segmenter, sites, plan.task)
     report = {
-        **_header(plan, segmenter),
+        **describe_run(plan),
         "arms": {arm: _over_sites(scores, sites, arm) for arm in ARMS if _present(arm, scores)},
-        "sites": {name: _site_row(name, site, plan, scores, journal) for name, site in sites.items()},
-        "history": _history(journal),
+        "sites": {name: _site_row(name, site, plan, scores, events) for name, site in sites.items()},
+        "history": history(events),
         "cross_site": _cross_site(scores, sites),
         "notes": _notes(recipe),
         "software": software(),
         "hardware": hardware(plan.task.threads),
-        "seconds": _seconds(journal, models, arm_seconds),
-        "bytes": _bytes(journal),
+        "seconds": _seconds(events, models, arm_seconds),
+        "bytes": traffic(events),
     }
     html = write_report(folder, report, examples)
     return Outcome(folder, report, html)
-
-
-def _header(plan: RunPlan, segmenter: Segmenter) -> dict[str, Any]:
-    task = plan.task
-    return {
-        "run": plan.name,
-        "seed": task.seed,
-        "rounds": task.rounds,
-        "local_steps": task.local_steps,
-        "engine": plan.engine,
-        "strategy": plain(plan.strategy),
-        "model": {"preset": plan.preset, "parameters": parameter_count(segmenter.network), **plain(task.model)},
-        "dataset": {
-            "name": task.dataset.name,
-            "modality": task.dataset.modality,
-            "channels": list(task.dataset.channels),
-            "targets": list(segmenter.scheme.targets),
-        },
-    }
 
 
 def _model_of(arm: str, site: str) -> str:
@@ -129,19 +110,14 @@ def _present(arm: str, scores: Mapping[str, SiteScores]) -> bool:
 
 
 def _over_sites(scores: Mapping[str, SiteScores], sites: Mapping[str, Site], arm: str) -> dict[str, float | None]:
-    values = [scores[_model_of(arm, name)].get(name, {}).get("dice") for name in sites]
-    known = [value for value in values if value is not None]
-    if not known:
-        return {"mean": None, "worst": None}
-    return {"mean": math.fsum(known) / len(known), "worst": min(known)}
+    return arm_score([scores[_model_of(arm, name)].get(name, {}).get("dice") for name in sites])
 
 
 def _site_row(
-    name: str, site: Site, plan: RunPlan, scores: Mapping[str, SiteScores], journal: Journal
+    name: str, site: Site, plan: RunPlan, scores: Mapping[str, SiteScores], events: Sequence[Event]
 ) -> dict[str, Any]:
     data = site.data(plan.task)
     own = {arm: scores[_model_of(arm, name)].get(name, {}) for arm in ARMS if _present(arm, scores)}
-    rounds = _last_rounds(journal)
     return {
         "patients": {"train": data.train_patients, "test": data.test_patients},
         "dice": {arm: row.get("dice") for arm, row in own.items()},
@@ -150,36 +126,8 @@ def _site_row(
         "hd95_undefined": {arm: row.get("hd95_undefined", 0) for arm, row in own.items()},
         "epsilon": None,
         "faults": data.faults,
-        "absent_rounds": [event["round"] for event in rounds if name in event.get("absent", [])],
-        "rejected_rounds": [
-            {"round": event["round"], "reason": event["rejected"][name]}
-            for event in rounds
-            if name in event.get("rejected", {})
-        ],
+        **absences(events, name),
     }
-
-
-def _last_rounds(journal: Journal) -> list[Event]:
-    """The committed rounds in order; a round that was repeated after a crash counts as it was committed."""
-    rounds = {event["round"]: event for event in journal.events if event["event"] == "round"}
-    return [rounds[number] for number in sorted(rounds) if number > 0]
-
-
-def _history(journal: Journal) -> list[dict[str, Any]]:
-    scored = {event["round"]: event["sites"] for event in journal.events if event["event"] == "scores"}
-    rows = []
-    for event in _last_rounds(journal):
-        number = event["round"]
-        for site in sorted(set(event["accepted"]) | set(scored.get(number, {}))):
-            rows.append(
-                {
-                    "round": number,
-                    "site": site,
-                    "loss": event["accepted"].get(site, {}).get("loss"),
-                    "dice": scored.get(number, {}).get(site, {}).get("dice"),
-                }
-            )
-    return rows
 
 
 def _cross_site(scores: Mapping[str, SiteScores], sites: Mapping[str, Site]) -> dict[str, Any] | None:
@@ -209,34 +157,11 @@ def _notes(recipe: Recipe) -> list[str]:
     return notes
 
 
-def _seconds(journal: Journal, models: Mapping[str, SiteScores], arm_seconds: float) -> dict[str, float]:
-    train = arm_seconds + sum(site["seconds"] for event in _last_rounds(journal) for site in event["accepted"].values())
-    scored = {event["round"]: event["sites"] for event in journal.events if event["event"] == "scores"}
-    evaluate = sum(site["seconds"] for sites in scored.values() for site in sites.values())
+def _seconds(events: Sequence[Event], models: Mapping[str, SiteScores], arm_seconds: float) -> dict[str, float]:
+    train, evaluate = site_seconds(events, sum)  # one machine plays the sites in turn
+    train += arm_seconds
     evaluate += sum(row["seconds"] for rows in models.values() for row in rows.values())
-    total = _working_seconds(journal)
-    return {
-        "total": round(total, 1),
-        "train": round(train, 1),
-        "evaluate": round(evaluate, 1),
-        "overhead": round(max(0.0, total - train - evaluate), 1),
-    }
-
-
-def _working_seconds(journal: Journal) -> float:
-    """Seconds of all sessions: from each start to the last event before the next; the time in between did not count."""
-    total, start, last = 0.0, None, 0.0
-    for event in journal.events:
-        if event["event"] == "session":
-            total += last - start if start is not None else 0.0
-            start = event["time"]
-        last = event["time"]
-    return total + (time.time() - start if start is not None else 0.0)
-
-
-def _bytes(journal: Journal) -> dict[str, int]:
-    moved = [event["bytes"] for event in _last_rounds(journal)]
-    return {"up": sum(m["up"] for m in moved), "down": sum(m["down"] for m in moved)}
+    return seconds_row(working_seconds(events, now=time.time()), train, evaluate)
 
 
 def example_cases(segmenter: Segmenter, sites: Mapping[str, Site], task: TrainTask) -> list[Example]:

@@ -1,0 +1,216 @@
+"""The report of a real federation: what run.yaml, journal.jsonl and model.safetensors say, and nothing else.
+
+It holds contract fields alone: no comparison arm, no matrix, no picture. Of a run that goes on it tells what stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medsegdiff.errors import UserError
+from medsegdiff.labels import LabelScheme
+from medsegdiff.network import MedSegDiff, parameter_count
+from medsegdiff.strict import plain, read_config
+from medsegdiff.weights import hash_weights, read_tensors
+from server.config import RunPlan
+from server.journal import Event, read_events
+from server.report import write_report
+from server.report_text import plural
+from server.rounds import (
+    absences,
+    committed_rounds,
+    history,
+    run_state,
+    scored_rounds,
+    site_seconds,
+    traffic,
+    working_seconds,
+)
+
+PROGRAMS = ("medsegfed", "torch", "flwr", "python")  # in this order; a site that names others has them after these
+
+
+def write_federation_report(folder: Path) -> tuple[dict[str, Any], Path]:
+    """Write report.json, metrics.csv and report.html into a run folder; equal files give equal bytes.
+
+    The folder is read only, apart from the three files: the run may go on while its report is made.
+
+    Returns:
+        The report, and the path of report.html.
+
+    Raises:
+        UserError: no run.yaml, a damaged journal, or a model.safetensors that is not the journal's.
+    """
+    plan = read_config(folder / "run.yaml", RunPlan)
+    events = read_events(folder / "journal.jsonl")
+    try:
+        report = federation_report(plan, events)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / 'journal.jsonl'}: an event has not the fields this version knows ({type(error).__name__}: "
+            f"{error}); no report was written. Use the version of medsegfed that the run was made with."
+        ) from error
+    report["notes"] += _model_notes(folder / "model.safetensors", report)
+    return report, write_report(folder, report)
+
+
+def federation_report(plan: RunPlan, events: Sequence[Event]) -> dict[str, Any]:
+    """report.json of a federation, from its plan and its journal."""
+    committed, scored = committed_rounds(events), scored_rounds(events)
+    # Only a committed round's scores count: a kill may have left those of a round that was then repeated.
+    numbers = [number for number in scored if number <= len(committed)]
+    last = max(numbers, default=None)
+    scores = scored[last] if last is not None else {}
+    described = describe_run(plan)
+    described["model"]["hash"] = committed[-1]["model_hash"] if committed else None
+    introduced = {event["site"]: event for event in events if event["event"] == "site"}
+    return {
+        **described,
+        "progress": {"state": run_state(events), "committed": len(committed), "scored": last},
+        "arms": {"federated": arm_score([scores.get(site, {}).get("dice") for site in plan.roster])},
+        "sites": {site: _site_row(site, scores.get(site), introduced.get(site), events) for site in plan.roster},
+        "history": history(events),
+        "cross_site": None,
+        "notes": _notes(plan, events, introduced, scores),
+        "software": _software(introduced),
+        "hardware": None,
+        "seconds": seconds_row(working_seconds(events), *site_seconds(events, _longest)),
+        "bytes": traffic(events),
+    }
+
+
+def describe_run(plan: RunPlan) -> dict[str, Any]:
+    """The head of a report: what was to be run, from the plan alone."""
+    task = plan.task
+    with torch.device("meta"):  # counted without allocating a weight
+        parameters = parameter_count(MedSegDiff(task.model))
+    return {
+        "run": plan.name,
+        "seed": task.seed,
+        "rounds": task.rounds,
+        "local_steps": task.local_steps,
+        "engine": plan.engine,
+        "strategy": plain(plan.strategy),
+        "model": {"preset": plan.preset, "parameters": parameters, **plain(task.model)},
+        "dataset": {
+            "name": task.dataset.name,
+            "modality": task.dataset.modality,
+            "channels": list(task.dataset.channels),
+            "targets": list(LabelScheme.of(task.dataset).targets),
+        },
+    }
+
+
+def arm_score(dice: Sequence[float | None]) -> dict[str, float | None]:
+    """An arm over all sites, from each site's Dice; sites without one are left out."""
+    known = [value for value in dice if value is not None]
+    if not known:
+        return {"mean": None, "worst": None}
+    return {"mean": math.fsum(known) / len(known), "worst": min(known)}
+
+
+def seconds_row(total: float, train: float, evaluate: float) -> dict[str, float]:
+    """The report's times; overhead is what neither training nor scoring explains."""
+    return {
+        "total": round(total, 1),
+        "train": round(train, 1),
+        "evaluate": round(evaluate, 1),
+        "overhead": round(max(0.0, total - train - evaluate), 1),
+    }
+
+
+def _longest(seconds: list[float]) -> float:
+    """Hospitals work at the same time: the slowest one's seconds are the round's."""
+    return max(seconds, default=0.0)
+
+
+def _site_row(
+    site: str, scores: Mapping[str, Any] | None, introduced: Event | None, events: Sequence[Event]
+) -> dict[str, Any]:
+    told, known = introduced or {}, scores or {}
+    return {
+        "patients": {"train": told["train_patients"], "test": told["test_patients"]} if introduced else None,
+        "dice": {"federated": known.get("dice")} if scores else None,
+        "dice_by_target": {"federated": known.get("dice_by_target", {})} if scores else None,
+        "hd95_mm": {"federated": known.get("hd95_mm")} if scores else None,
+        "hd95_undefined": {"federated": known.get("hd95_undefined", 0)} if scores else None,
+        "epsilon": None,
+        "faults": told.get("faults"),
+        **absences(events, site),
+        "refusals": _refusals(site, events),
+        "software": told.get("software"),
+        "application": told.get("application") or None,
+    }
+
+
+def _refusals(site: str, events: Sequence[Event]) -> list[dict[str, Any]]:
+    """What a site declined to do and how often: it is asked again and again while a run waits for it."""
+    times: dict[tuple[str, str], int] = {}
+    for event in events:
+        if event["event"] == "refused" and event.get("site") == site:
+            key = (str(event.get("code", "")), str(event.get("reason", "")))
+            times[key] = times.get(key, 0) + 1
+    return [{"code": code, "reason": reason, "times": count} for (code, reason), count in times.items()]
+
+
+def _software(introduced: Mapping[str, Event]) -> dict[str, str | None]:
+    """Versions at the sites; several where they differ."""
+    found: dict[str, set[str]] = {}
+    for event in introduced.values():
+        for program, version in (event.get("software") or {}).items():
+            found.setdefault(program, set()).add(str(version))
+    names = [name for name in PROGRAMS if name in found] + sorted(set(found) - set(PROGRAMS))
+    return {name: " / ".join(sorted(found[name])) for name in names}
+
+
+def _notes(
+    plan: RunPlan, events: Sequence[Event], introduced: Mapping[str, Event], scores: Mapping[str, Any]
+) -> list[str]:
+    notes = [
+        "Dice and HD95 are averages over a site's patients, as the sites sent them; the server sees no image and can "
+        "check neither."
+    ]
+    unknown = [site for site in plan.roster if site not in introduced]
+    if unknown and introduced:
+        notes.append(f"On the roster, but never there: {', '.join(unknown)}.")
+    unscored = [site for site in plan.roster if site in introduced and site not in scores]
+    if scores and unscored:
+        notes.append(f"Not among the last scores, and so in neither mean nor worst: {', '.join(unscored)}.")
+    differing = [name for name, versions in _software(introduced).items() if versions and " / " in versions]
+    if differing:
+        each = "; ".join(f"{name} {_by_version(name, introduced)}" for name in differing)
+        notes.append(f"The sites ran different versions: {each}.")
+    programs = {event.get("application") for event in introduced.values()} - {None, ""}
+    if len(programs) > 1:
+        notes.append(f"The sites ran {len(programs)} different builds of the program; report.json names each.")
+    strangers = sum(event["event"] == "stranger" for event in events)
+    if strangers:
+        notes.append(f"Left out, as of no site of this run or a second answer: {plural(strangers, 'message')}.")
+    return notes
+
+
+def _by_version(program: str, introduced: Mapping[str, Event]) -> str:
+    """ "2.11.0 (alder, elm), 2.12.0 (birch)"."""
+    sites: dict[str, list[str]] = {}
+    for site, event in introduced.items():
+        sites.setdefault(str((event.get("software") or {}).get(program, "not stated")), []).append(site)
+    return ", ".join(f"{version} ({', '.join(names)})" for version, names in sorted(sites.items()))
+
+
+def _model_notes(path: Path, report: Mapping[str, Any]) -> list[str]:
+    """The model beside the report must be the one the report speaks of."""
+    finished = report["progress"]["state"] == "finished"
+    if not path.exists():
+        return ["The model is not in the run folder (model.safetensors is missing)."] if finished else []
+    found, due = hash_weights(read_tensors(path)[0]), report["model"]["hash"]
+    if found != due:
+        raise UserError(
+            f"{path}: holds the model {found[:12]}, the journal's last round ended with {str(due)[:12]}; no report was "
+            "written, for it would speak of another model. Put the run's own file back, or move this one away."
+        )
+    return []

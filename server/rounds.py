@@ -1,0 +1,140 @@
+"""What a journal says of a run: its rounds, scores, seconds and bytes. Pure functions over events, light to import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+from server.journal import Event
+
+RunState = Literal["not started", "running", "waiting", "paused", "stopped", "failed", "finished"]
+ENDED: tuple[RunState, ...] = ("stopped", "failed", "finished")
+
+# The latest event of these kinds says how a run stands; the others (refused, rejected, stranger) do not change it.
+_STATES: dict[str, RunState] = {
+    "session": "running",
+    "round": "running",
+    "scores": "running",
+    "resumed": "running",
+    "waiting": "waiting",
+    "paused": "paused",
+    "stopped": "stopped",
+    "below_quorum": "failed",
+    "failed": "failed",
+    "failed": "failed",
+    "finished": "finished",
+}
+_STARTS = ("session", "resumed")  # work begins, or goes on
+
+
+def committed_rounds(events: Iterable[Event]) -> list[Event]:
+    """The committed rounds in order; a round that was repeated after a crash counts as it was committed."""
+    rounds = {event["round"]: event for event in events if event["event"] == "round"}
+    return [rounds[number] for number in sorted(rounds) if number > 0]
+
+
+def scored_rounds(events: Iterable[Event]) -> dict[int, dict[str, dict[str, Any]]]:
+    """Round -> site -> its averages over its held-out patients."""
+    return {event["round"]: event["sites"] for event in events if event["event"] == "scores"}
+
+
+def run_state(events: Sequence[Event]) -> RunState:
+    """How the run stands by what was told last; whether a process still works on it, a journal cannot know."""
+    came: set[str] = set()  # sites that introduced themselves after the last wait began
+    for event in reversed(events):
+        kind = str(event["event"])
+        if kind == "site":
+            came.add(str(event.get("site")))
+        elif kind == "waiting":
+            met = int(event.get("have", 0)) + len(came & set(event.get("absent", ())))
+            return "waiting" if met < int(event.get("need", 1)) else "running"
+        elif kind in _STATES:
+            return _STATES[kind]
+    return "running" if came else "not started"
+
+
+def history(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """The federated model at each site after each round, as report.json holds it."""
+    scored = scored_rounds(events)
+    rows = []
+    for event in committed_rounds(events):
+        number = event["round"]
+        for site in sorted(set(event["accepted"]) | set(scored.get(number, {}))):
+            rows.append(
+                {
+                    "round": number,
+                    "site": site,
+                    "loss": event["accepted"].get(site, {}).get("loss"),
+                    "dice": scored.get(number, {}).get(site, {}).get("dice"),
+                }
+            )
+    return rows
+
+
+def absences(events: Iterable[Event], site: str) -> dict[str, Any]:
+    """The committed rounds without a site: those it was absent from, and those whose update was rejected."""
+    rounds = committed_rounds(events)
+    return {
+        "absent_rounds": [event["round"] for event in rounds if site in event.get("absent", [])],
+        "rejected_rounds": [
+            {"round": event["round"], "reason": event["rejected"][site]}
+            for event in rounds
+            if site in event.get("rejected", {})
+        ],
+    }
+
+
+def traffic(events: Iterable[Event]) -> dict[str, int]:
+    """Bytes of weights that travelled in committed rounds."""
+    moved = [event["bytes"] for event in committed_rounds(events)]
+    return {"up": sum(m["up"] for m in moved), "down": sum(m["down"] for m in moved)}
+
+
+def site_seconds(events: Sequence[Event], over_sites: Callable[[list[float]], float]) -> tuple[float, float]:
+    """Seconds that sites spent training and scoring in committed rounds.
+
+    Args:
+        over_sites: what the seconds of a round's sites make: `sum` where one machine plays all of them in turn, the
+            largest where they work at the same time.
+    """
+    train = sum(over_sites([site["seconds"] for site in e["accepted"].values()]) for e in committed_rounds(events))
+    evaluate = sum(over_sites([site["seconds"] for site in sites.values()]) for sites in scored_rounds(events).values())
+    return train, evaluate
+
+
+def working_seconds(events: Iterable[Event], now: float | None = None) -> float:
+    """Seconds of all sessions, without pauses and without the time between a session's last event and the next one.
+
+    Args:
+        now: end of the session that is open; None takes its last event.
+    """
+    total, since, last = 0.0, None, None
+    for event in events:
+        time = float(event["time"])
+        if event["event"] in _STARTS or last is None:
+            total += last - since if since is not None and last is not None else 0.0
+            since = time
+        elif event["event"] == "paused" and since is not None:
+            total += time - since
+            since = None
+        last = time
+    if since is not None and last is not None:
+        total += (last if now is None else now) - since
+    return max(0.0, total)  # a clock that was set back in between must not give a negative time
+
+
+def round_seconds(events: Iterable[Event]) -> list[float]:
+    """Seconds from a round's beginning to its commit, one a committed round in the order of commits.
+
+    A round begins where the one before was committed, or where the work began anew after that; the first begins when
+    the last of its sites has introduced itself, for hospitals may need a day to get there.
+    """
+    seconds: list[float] = []
+    since: float | None = None
+    for event in events:
+        time, kind = float(event["time"]), event["event"]
+        if kind == "round" and event["round"] > 0 and since is not None:
+            seconds.append(max(0.0, time - since))
+        if kind in (*_STARTS, "round", "waiting") or since is None or (kind == "site" and not seconds):
+            since = time
+    return seconds
