@@ -225,6 +225,19 @@ def test_a_missing_or_foreign_head_file(sound, put) -> None:
         with pytest.raises(UserError, match="not as it was written"):
             act()
     assert path.read_bytes() == sound[0]
+    head_of(path).write_bytes(sound[1].replace(b",", b" ,", 1))  # the same to a JSON reader
+    faulty(path, "not as it was written")
+
+
+def test_a_chain_that_counts_wrongly(sound, put) -> None:
+    """A line taken out and all behind it hashed anew, head file included: their numbers still tell."""
+    prev, forged = GENESIS, b""
+    for line in (line for k, line in enumerate(sound[0].splitlines()) if k != 2):
+        body = line.partition(b',"prev":')[0] + f',"prev":"{prev}"'.encode()
+        prev = hashlib.sha256(body).hexdigest()
+        forged += body + f',"hash":"{prev}"}}\n'.encode()
+    path = put(forged, f'{{"count":4,"head":"{prev}","bytes":{len(forged)}}}\n'.encode())
+    faulty(path, "line 3 .* it is entry 4")
 
 
 def test_an_anchor_finds_that_both_files_were_put_back(tmp_path: Path) -> None:
