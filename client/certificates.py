@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 from medsegdiff.errors import UserError
@@ -42,6 +42,12 @@ def key_fingerprint(key: PublicKeyTypes) -> str:
     """Hex SHA-256 of a public key (DER SubjectPublicKeyInfo)."""
     data = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(data).hexdigest()
+
+
+def public_fingerprints(node_public_ssh: str, signing_public: str) -> dict[str, str]:
+    """`SiteKeys.fingerprints` of the keys that the coordinator knows. Raises ValueError where one is none."""
+    signing = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signing_public))
+    return {"node": key_fingerprint(load_node_key(node_public_ssh)), "signing": key_fingerprint(signing)}
 
 
 def spoken(fingerprint: str) -> str:
@@ -110,9 +116,31 @@ def expiry_warning(days: float) -> int | None:
     return min((limit for limit in WARNING_DAYS if days <= limit), default=None)
 
 
+def name_in(certificate: x509.Certificate, which: x509.ObjectIdentifier) -> str:
+    """One part of a certificate's subject; empty where it does not stand there exactly once."""
+    found = certificate.subject.get_attributes_for_oid(which)
+    return str(found[0].value) if len(found) == 1 else ""
+
+
+def certificate_pem(certificate: x509.Certificate) -> bytes:
+    """A certificate as PEM."""
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
 def read_bytes(path: Path) -> bytes:
     """A file's bytes; UserError where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path and its rights.") from error
+
+
+def refuse_readable_by_others(path: Path) -> None:
+    """A secret, or a folder of secrets, that others than its owner may read or change is not used: UserError."""
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        wanted = "700" if path.is_dir() else "600"
+        raise UserError(
+            f"{path}: may be read or changed by others than its owner (mode {mode:o}); nothing was done with it. Run "
+            f"chmod {wanted} {path}; where somebody may have copied it, make new keys."
+        )

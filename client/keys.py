@@ -41,6 +41,7 @@ from client.certificates import (
     openssh_line,
     private_pem,
     read_bytes,
+    refuse_readable_by_others,
 )
 from medsegdiff.errors import UserError
 from medsegdiff.files import new_folder, write_atomic
@@ -114,7 +115,7 @@ class SiteKeys:
                 "coordinator that the site's old keys are lost."
             )
         for path in (folder, *(folder / name for name in KEY_FILES)):
-            _refuse_readable_by_others(path)
+            refuse_readable_by_others(path)
         node, signing = (_private(read_bytes(folder / name), folder / name) for name in ("node.key", "signing.key"))
         if not isinstance(node, ec.EllipticCurvePrivateKey) or not isinstance(node.curve, ec.SECP384R1):
             raise _damaged(folder / "node.key", "an ECDSA P-384 key")
@@ -268,16 +269,6 @@ def _finish_installation(folder: Path) -> None:
             f"{folder}: the kit is complete in {staged} and could not be moved into place ({error.strerror}). Make the "
             "folder writable, then repeat the command."
         ) from error
-
-
-def _refuse_readable_by_others(path: Path) -> None:
-    mode = path.stat().st_mode & 0o777
-    if mode & 0o077:
-        wanted = "700" if path.is_dir() else "600"
-        raise UserError(
-            f"{path}: may be read or changed by others than its owner (mode {mode:o}); nothing was done with it. Run "
-            f"chmod {wanted} {path}; where somebody may have copied it, make new keys."
-        )
 
 
 def _private(data: bytes, path: Path) -> object:
