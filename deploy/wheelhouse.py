@@ -175,7 +175,7 @@ def _wanted_torch(project: dict[str, Any], version: str | None, index: str | Non
     if version is not None:
         return f"torch=={version}"
     if index is not None:
-        return next(line for line in project["project"]["dependencies"] if Requirement(line).name == "torch")
+        return next(str(line) for line in project["project"]["dependencies"] if Requirement(line).name == "torch")
     try:
         return f"torch=={importlib.metadata.version('torch')}"
     except importlib.metadata.PackageNotFoundError as error:

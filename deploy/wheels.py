@@ -69,7 +69,7 @@ def read_wheels(folder: Path) -> tuple[Wheel, ...]:
 
 def read_pins(path: Path) -> dict[str, str]:
     """constraints.txt: canonical name -> version. Raises UserError for a line that is not NAME==VERSION."""
-    pins = {}
+    pins: dict[str, str] = {}
     for number, line in enumerate(text_of(path).splitlines(), 1):
         if not (text := line.split("#")[0].strip()):
             continue
