@@ -197,7 +197,7 @@ def _meaning(task: TrainTask, run: str, facts: SiteFacts) -> Iterator[str]:
     )
     yield "Any other run, task or program is refused until it is approved in turn; so is this one after an update."
     yield (
-        f"To take it back, at any moment: medsegfed approve {name} --revoke. Nothing is sent from then on; what was "
+        f"To take it back, at any moment: medsegfed approve {name} --take-back. Nothing is sent from then on; what was "
         "sent by then cannot be called back."
     )
 
