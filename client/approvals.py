@@ -197,7 +197,8 @@ def _read_signed(folder: Path, run: str, keys: SigningKeys) -> _Signed | None:
 
 def _broken(path: Path, run: str, what: str) -> Refusal:
     return Refusal(
-        "not-approved", f"{path}: is no approval of run {run}: {what}. To approve anew: medsegfed approve {run}"
+        "not-approved",
+        f"approvals/{path.name}: is no approval of run {run}: {what}. To approve anew: medsegfed approve {run}",
     )
 
 

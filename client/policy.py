@@ -162,5 +162,5 @@ def _approved(
         except Refusal:
             raise
         except UserError as error:  # a full disk keeps the officer from looking, not the site from refusing
-            raise Refusal(refusal.code, f"{refusal} It could not be kept for looking at: {error}") from error
+            raise Refusal(refusal.code, f"{refusal} (It could not be kept in pending/: the disk refuses.)") from error
         raise
