@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import ssl
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +18,16 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from medsegdiff.errors import UserError
 
 WARNING_DAYS = (30, 7, 1)  # days left on a certificate at which a warning is due
+
+# What `cryptography` raises on bytes that are no certificate, signing request or key, or not one that it knows.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 def new_tls_key() -> ec.EllipticCurvePrivateKey:
@@ -68,7 +79,7 @@ def load_node_key(node_public_ssh: str) -> ec.EllipticCurvePublicKey:
     """
     try:
         key = serialization.load_ssh_public_key(node_public_ssh.encode("ascii"))
-    except (UnicodeEncodeError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise ValueError("the node key is no OpenSSH public key") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise ValueError("the node key is not an ECDSA P-384 key")
@@ -89,6 +100,17 @@ def node_key_header(node_public_ssh: str) -> str:
     return base64.b64encode(pem).decode("ascii")
 
 
+def parse_certificate(pem: bytes) -> x509.Certificate:
+    """The first certificate in PEM text, all parts of it readable. Raises ValueError."""
+    try:
+        found = x509.load_pem_x509_certificate(pem)
+        # cryptography reads these when they are asked for; later it would be too late.
+        _ = found.subject, found.public_key(), found.extensions, found.not_valid_before_utc, found.not_valid_after_utc
+    except UNREADABLE as error:
+        raise ValueError(f"no readable certificate ({type(error).__name__})") from error
+    return found
+
+
 def read_certificate(path: Path) -> x509.Certificate:
     """The first certificate of a PEM file, which may hold a key before it.
 
@@ -96,9 +118,27 @@ def read_certificate(path: Path) -> x509.Certificate:
         UserError: there is no such file, or no certificate in it.
     """
     try:
-        return x509.load_pem_x509_certificate(read_bytes(path))
+        return parse_certificate(read_bytes(path))
     except ValueError as error:
-        raise UserError(f"{path}: holds no certificate ({error}). Install it anew.") from error
+        raise UserError(f"{path}: holds no certificate that can be read. Install it anew.") from error
+
+
+def load_pair(context: ssl.SSLContext, path: Path) -> None:
+    """Have a TLS context use the key and the certificate in one PEM file, which a renewal may replace at any moment.
+
+    OpenSSL opens the file twice, for the certificate and for the key. Where the rename falls between the two, it sees
+    that they do not belong together; the file is then read once more.
+
+    Raises:
+        OSError, ssl.SSLError: the file cannot be read, or holds no such pair.
+    """
+    for tries_left in reversed(range(5)):
+        try:
+            context.load_cert_chain(path)
+            return
+        except ssl.SSLError as error:
+            if error.reason != "KEY_VALUES_MISMATCH" or not tries_left:
+                raise
 
 
 def days_left(certificate: x509.Certificate, now: datetime | None = None) -> float:

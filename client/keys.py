@@ -9,7 +9,7 @@
       federation.json     {federation, site, server: "host:port"}, from the kit
 
 TLS key and certificate share a file because a renewal replaces both: one rename swaps the pair, so whoever opens it at
-whatever moment reads a key and the certificate that belongs to it (`ssl.SSLContext.load_cert_chain(tls.pem)`).
+whatever moment reads a key and the certificate that belongs to it. `client.certificates.load_pair` gives it to TLS.
 
 A kit brings three files. They are first written whole into keys/.kit, which appears by one rename; from then on the kit
 counts as installed. Should a kill come before its files are in their places, whoever opens the keys next moves them.
@@ -28,17 +28,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.certificates import (
+    UNREADABLE,
     certificate_days_left,
     key_fingerprint,
+    load_pair,
     new_tls_key,
     node_key_header,
     openssh_line,
+    parse_certificate,
     private_pem,
     read_bytes,
     refuse_readable_by_others,
@@ -186,7 +188,7 @@ class SiteKeys:
         self.membership()
         pem = read_bytes(self.tls_file)  # once: a renewal may swap the pair at any moment
         try:
-            found = x509.load_pem_x509_certificate(pem)
+            found = parse_certificate(pem)
         except ValueError as error:
             raise UserError(f"{self.tls_file}: holds no certificate. Install the site's kit once more.") from error
         if key_fingerprint(found.public_key()) != key_fingerprint(self._tls_key(pem).public_key()):
@@ -219,7 +221,7 @@ class SiteKeys:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         try:
             context.load_verify_locations(self.ca_file)
-            context.load_cert_chain(self.tls_file)
+            load_pair(context, self.tls_file)
         except (OSError, ssl.SSLError) as error:
             raise UserError(
                 f"{self.ca_file} or tls.pem: cannot be used ({error}). Install the site's kit once more."
@@ -276,7 +278,7 @@ def _private(data: bytes, path: Path) -> object:
         if b"OPENSSH" in data[:64]:
             return serialization.load_ssh_private_key(data, None)
         return serialization.load_pem_private_key(data, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise _damaged(path, "a private key without a passphrase") from error
 
 

@@ -13,12 +13,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from client.certificates import (
+    UNREADABLE,
     certificate_pem,
     key_fingerprint,
     name_in,
@@ -68,7 +68,7 @@ class Authority:
             refuse_readable_by_others(key)
         try:
             private = serialization.load_pem_private_key(read_bytes(key), None)
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        except UNREADABLE as error:
             raise UserError(f"{key}: is no private key. Restore it from a backup.") from error
         if not isinstance(private, ec.EllipticCurvePrivateKey) or not _same_key(private.public_key(), found):
             raise UserError(f"{key}: is not the key of {certificate}. Restore both from a backup.")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from client.certificates import name_in
+from client.certificates import UNREADABLE, name_in
 from medsegdiff.errors import UserError
 
 MAX_SIGNING_REQUEST = 8192  # characters; one for P-384 has 500
@@ -32,7 +32,7 @@ def check_signing_request(text: str, site: str) -> ec.EllipticCurvePublicKey:
         request = x509.load_pem_x509_csr(text.encode("ascii"))
         signed, names = request.is_signature_valid, request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         key = request.public_key()
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise UserError("the signing request is no PEM certificate signing request.") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, _CURVES):
         raise UserError("the signing request is for a key that is not ECDSA P-256 or P-384.")
@@ -52,7 +52,7 @@ def check_site_certificate(certificate: x509.Certificate, ca: x509.Certificate, 
     check_authority(ca)
     try:
         certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, InvalidSignature) as error:
+    except (*UNREADABLE, InvalidSignature) as error:
         raise UserError("the certificate is not signed by the federation's authority.") from error
     found = name_in(certificate, NameOID.COMMON_NAME), name_in(certificate, NameOID.ORGANIZATION_NAME)
     if found != (site, name_in(ca, NameOID.ORGANIZATION_NAME)):
@@ -68,7 +68,7 @@ def check_authority(ca: x509.Certificate) -> None:
     try:
         ca.verify_directly_issued_by(ca)
         sound = limits is not None and limits.ca and usage is not None and usage.key_cert_sign
-    except (ValueError, TypeError, InvalidSignature):
+    except (*UNREADABLE, InvalidSignature):
         sound = False
     if not sound:
         raise UserError("the authority's certificate is not one of an authority.")
@@ -98,5 +98,5 @@ def certified_hosts(certificate: x509.Certificate) -> set[str]:
 def _extension(certificate: x509.Certificate, kind: type[E]) -> E | None:
     try:
         return certificate.extensions.get_extension_for_class(kind).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except (*UNREADABLE, x509.ExtensionNotFound):
         return None

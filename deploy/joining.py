@@ -18,7 +18,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from client.certificates import certificate_pem, days_left, key_fingerprint, read_certificate, spoken
+from client.certificates import certificate_pem, days_left, key_fingerprint, parse_certificate, read_certificate, spoken
 from client.keys import Membership, SiteKeys
 from deploy.authority import serial_of
 from deploy.credentials import check_authority, check_site_certificate, signed_by_authority
@@ -187,8 +187,8 @@ def _check_kit(path: Path, data: dict[str, object]) -> tuple[Kit, x509.Certifica
     """A kit that holds together: signed by the authority in it, which certifies the site in it."""
     kit = parse_kit(data, str(path))
     try:
-        ca = x509.load_pem_x509_certificate(kit.ca.encode())
-        certificate = x509.load_pem_x509_certificate(kit.certificate.encode())
+        ca = parse_certificate(kit.ca.encode())
+        certificate = parse_certificate(kit.certificate.encode())
         signature = bytes.fromhex(kit.signature)
     except ValueError as error:
         raise _no_kit(path, "holds no readable certificates or signature. Ask for it again") from error

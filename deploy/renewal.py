@@ -17,10 +17,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.certificates import (
+    UNREADABLE,
     certificate_pem,
     days_left,
     key_fingerprint,
     new_tls_key,
+    parse_certificate,
     read_bytes,
     read_certificate,
     refuse_readable_by_others,
@@ -151,7 +153,7 @@ def _check_answer(keys: SiteKeys, key: ec.EllipticCurvePrivateKey, answer: bytes
         data = parse_document(answer, "the server's answer")
         if data.get("kind") != RENEWED or not isinstance(pem := data.get("certificate"), str):
             raise UserError("the answer holds no certificate.")
-        certificate = x509.load_pem_x509_certificate(pem.encode())
+        certificate = parse_certificate(pem.encode())
         check_site_certificate(certificate, read_certificate(keys.ca_file), membership.site)
         if key_fingerprint(certificate.public_key()) != key_fingerprint(key.public_key()):
             raise UserError("the certificate is for another key.")
@@ -248,7 +250,7 @@ def renew_server(federation: Federation, now: datetime | None = None) -> x509.Ce
     refuse_readable_by_others(federation.server_key)
     try:
         key = serialization.load_pem_private_key(read_bytes(federation.server_key), None)
-    except (ValueError, TypeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{federation.server_key}: is no private key. Restore it from a backup.") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise UserError(f"{federation.server_key}: is not an ECDSA key. Restore it from a backup.")
