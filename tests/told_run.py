@@ -51,7 +51,8 @@ def model_of_the_end() -> tuple[bytes, str]:
 
 def beginning() -> Events:
     """A session, round 0, three sites that introduce themselves within a quarter of a minute."""
-    events: Events = [{"event": "session", "time": BEGIN}, _round(0, {}, time=BEGIN + 1, bytes={"up": 0, "down": 0})]
+    first = {"event": "round", "time": BEGIN + 1, "round": 0, "model_hash": "00" * 32}
+    events: Events = [{"event": "session", "time": BEGIN}, first]
     for number, (site, train) in enumerate(ROSTER.items()):
         events.append(
             {
