@@ -177,7 +177,10 @@ def read_bytes(path: Path) -> bytes:
 
 def refuse_readable_by_others(path: Path) -> None:
     """A secret, or a folder of secrets, that others than its owner may read or change is not used: UserError."""
-    mode = path.stat().st_mode & 0o777
+    try:
+        mode = path.stat().st_mode & 0o777
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Restore it from a backup.") from error
     if mode & 0o077:
         wanted = "700" if path.is_dir() else "600"
         raise UserError(

@@ -64,8 +64,7 @@ class Authority:
             UserError: one is missing or damaged, they do not belong together, or others may read the key.
         """
         found = read_certificate(certificate)
-        if key.exists():
-            refuse_readable_by_others(key)
+        refuse_readable_by_others(key)
         try:
             private = serialization.load_pem_private_key(read_bytes(key), None)
         except UNREADABLE as error:

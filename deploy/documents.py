@@ -210,7 +210,7 @@ def signed_part(data: Mapping[str, Any]) -> bytes:
 def signed_by(signing_key: str, signature: str, message: bytes) -> bool:
     """Whether a hex Ed25519 signature is of the hex key over the message."""
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(signing_key)).verify(_unhex(signature), message)
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(signing_key)).verify(unhex(signature), message)
     except (InvalidSignature, ValueError):
         return False
     return True
@@ -218,7 +218,7 @@ def signed_by(signing_key: str, signature: str, message: bytes) -> bool:
 
 def _signed_by_node(key: ec.EllipticCurvePublicKey, signature: str, message: bytes) -> bool:
     try:
-        key.verify(_unhex(signature), message, ec.ECDSA(hashes.SHA384()))
+        key.verify(unhex(signature), message, ec.ECDSA(hashes.SHA384()))
     except InvalidSignature:
         return False
     return True
@@ -247,12 +247,13 @@ def _require(condition: bool, source: str, fault: str) -> None:
         raise UserError(f"{source}: {fault}; nothing was admitted. Ask the site for a new request.")
 
 
-def _unhex(text: str) -> bytes:
-    """Hex as bytes; what is no hex becomes a signature that fits nothing."""
+def unhex(text: str) -> bytes:
+    """Lower-case hex as bytes; what is none becomes a signature that fits nothing."""
     try:
-        return bytes.fromhex(text)
+        found = bytes.fromhex(text)
     except ValueError:
         return b""
+    return found if found.hex() == text else b""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

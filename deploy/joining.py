@@ -22,7 +22,7 @@ from client.certificates import certificate_pem, days_left, key_fingerprint, par
 from client.keys import Membership, SiteKeys
 from deploy.authority import serial_of
 from deploy.credentials import check_authority, check_site_certificate, signed_by_authority
-from deploy.documents import Kit, compose_request, parse_kit, parse_request, read_document, signed_part
+from deploy.documents import Kit, compose_request, parse_kit, parse_request, read_document, signed_part, unhex
 from deploy.site_guide import new_site_yaml
 from medsegdiff.chained_log import ChainedLog
 from medsegdiff.errors import UserError
@@ -189,12 +189,11 @@ def _check_kit(path: Path, data: dict[str, object]) -> tuple[Kit, x509.Certifica
     try:
         ca = parse_certificate(kit.ca.encode())
         certificate = parse_certificate(kit.certificate.encode())
-        signature = bytes.fromhex(kit.signature)
     except ValueError as error:
-        raise _no_kit(path, "holds no readable certificates or signature. Ask for it again") from error
+        raise _no_kit(path, "holds no readable certificates. Ask for it again") from error
     try:
         check_authority(ca)
-        if not signed_by_authority(ca, signature, signed_part(data)):
+        if not signed_by_authority(ca, unhex(kit.signature), signed_part(data)):
             raise UserError("its signature is not the authority's: it was changed on its way.")
         check_site_certificate(certificate, ca, kit.site)
     except UserError as error:

@@ -76,9 +76,9 @@ keys: keys        # folder of the site's keys, relative to this file; it never l
 
 # What the site lets run. A run that does not keep to all of it is refused and noted in the audit log.
 policy:
-  application: null        # hash of the program that may run here; null: what is approved with each run
-  max_rounds: 1000         # a run with more rounds is refused
-  min_patients: 1          # with fewer training patients than this, the site takes no part
+  application: null        # hash of the one program that may run (medsegfed doctor shows it); null: approved with a run
+  max_rounds: 200          # a run with more rounds is refused
+  min_patients: 5          # with fewer training patients the site takes no part: updates would say too much of each
   privacy_floor: null      # for differential privacy, which this version does not have yet
   allowed_hours: null      # "18:00-07:00": train at night only, by this machine's clock; null: at any time
   approval_required: true  # each run waits until medsegfed approve RUN; keep this unless you trust every run
