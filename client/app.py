@@ -1,4 +1,4 @@
-"""The Flower ClientApp of a site: three questions it answers, each through the contract and the update gate."""
+"""The Flower ClientApp of a site: three questions it answers, each through policy, contract and update gate."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from pathlib import Path
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.contract import Assignment, TrainTask, arrays_from_wire, from_wire
+from client.contract import (
+    REFUSALS,
+    REFUSED,
+    Assignment,
+    IncompatibleVersion,
+    Invitation,
+    TrainTask,
+    arrays_from_wire,
+    from_wire,
+)
 from client.evaluation import evaluate_site
 from client.gate import release_presence, release_scores, release_update
+from client.guard import Guard, guard_of
+from client.refusal import Refusal
 from client.site import Site, open_site
 from client.training import train_round
 from medsegdiff.errors import UserError
@@ -20,25 +31,41 @@ from medsegdiff.weights import hash_weights, weight_shapes
 
 log = logging.getLogger("medsegfed.site")
 
-REFUSED = 100  # Error.code of a site that will not or cannot answer; the reason stays in the site's own log
-
 app = ClientApp()
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Who is there, and with how many patients?"""
-    return _answer(message, context, lambda site, task: release_presence(site.presence(task)))
+
+    def work(site: Site, task: TrainTask, guard: Guard | None) -> RecordDict:
+        invitation = from_wire(message.content, "invitation", Invitation)
+        if guard is None:
+            return release_presence(site.presence(task, invitation))
+        guard.admit(task, invitation.run)
+        presence = guard.introduce(site.presence(task, invitation), task)
+        return release_presence(presence, guard.sign)
+
+    return _answer(message, context, work)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the received model for a round and return the change of its weights."""
 
-    def work(site: Site, task: TrainTask) -> RecordDict:
-        assignment, weights = _model(message, task)
+    def work(site: Site, task: TrainTask, guard: Guard | None) -> RecordDict:
+        assignment = from_wire(message.content, "assignment", Assignment)
+        if guard is not None:
+            guard.admit(task, assignment.run, assignment.round)
+            if (kept := guard.kept(assignment)) is not None:
+                return kept
+            guard.admit(task, assignment.run, assignment.round, trains=True)
+        weights = _model(message, task, assignment)
         update, delta = train_round(site, task, assignment, weights)
-        return release_update(update, delta, weights)
+        content = release_update(update, delta, weights, guard.sign if guard is not None else None)
+        if guard is not None:
+            guard.keep(update, delta, content, task)
+        return content
 
     return _answer(message, context, work)
 
@@ -47,30 +74,47 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Score the received model on the held-out patients."""
 
-    def work(site: Site, task: TrainTask) -> RecordDict:
-        return release_scores(evaluate_site(site, task, *_model(message, task)))
+    def work(site: Site, task: TrainTask, guard: Guard | None) -> RecordDict:
+        assignment = from_wire(message.content, "assignment", Assignment)
+        if guard is not None:
+            guard.admit(task, assignment.run, assignment.round)
+            guard.committed(assignment.run, assignment.round)
+        scores = evaluate_site(site, task, assignment, _model(message, task, assignment))
+        if guard is None:
+            return release_scores(scores)
+        guard.note_scores(scores, task)
+        return release_scores(scores, guard.sign)
 
     return _answer(message, context, work)
 
 
-def _answer(message: Message, context: Context, work: Callable[[Site, TrainTask], RecordDict]) -> Message:
+def _answer(message: Message, context: Context, work: Callable[[Site, TrainTask, Guard | None], RecordDict]) -> Message:
+    code = "fault"
     try:
         site = open_site(site_file(context))
-        return Message(work(site, from_wire(message.content, "task", TrainTask)), reply_to=message)
+        return Message(
+            work(site, from_wire(message.content, "task", TrainTask), guard_of(site)),
+            reply_to=message,
+        )
+    except Refusal as refusal:
+        code = refusal.code
+        log.warning("%s", refusal)
+    except IncompatibleVersion as error:
+        code = "incompatible"
+        log.error("%s", error)
     except UserError as error:
         log.error("%s", error)
     except Exception:
         log.exception("unexpected fault while answering the server")
-    # File names and case names stay at home: the server learns that the site refused, its own log says why.
-    return Message(Error(REFUSED, "the site could not answer; its own log says why"), reply_to=message)
+    # File names and case names stay at home: the server learns a fixed sentence, the site's own log says more.
+    return Message(Error(REFUSED, f"{code}: {REFUSALS[code]}"), reply_to=message)
 
 
-def _model(message: Message, task: TrainTask) -> tuple[Assignment, dict]:  # type: ignore[type-arg]
-    assignment = from_wire(message.content, "assignment", Assignment)
+def _model(message: Message, task: TrainTask, assignment: Assignment) -> dict:  # type: ignore[type-arg]
     weights = arrays_from_wire(message.content.array_records["weights"], weight_shapes(task.model))
     if hash_weights(weights) != assignment.model_hash:
         raise UserError("the received model is not the one the server named (its hash differs); nothing was trained.")
-    return assignment, weights
+    return weights
 
 
 def site_file(context: Context) -> Path:

@@ -10,6 +10,7 @@ to be a plain name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -295,7 +296,8 @@ def _bytes(content: object) -> bytes:
 
 
 def _write(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with contextlib.suppress(OSError):  # told by the writing
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_atomic(path, _bytes(content), _PRIVATE)
 
 

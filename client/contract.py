@@ -2,18 +2,22 @@
 
 A site's data officer can read this one file to know what crosses the wire. Every type here travels as JSON
 plus raw little-endian float32 arrays: no pickle, no header inside the array bytes that could declare more than there
-is.
+is. What a real site answers is signed (Ed25519) over the very JSON text, which names the run, the round, the site, the
+base model, n and the hash of the arrays: nothing of it can be swapped, replayed or answered for another.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
@@ -27,11 +31,36 @@ CONTRACT_VERSION = 1
 RAW = "medsegfed.raw"  # array bytes: C order, little endian, nothing else
 LARGEST = 1e9  # of a loss, a distance or a time: sums over sites and rounds of what is accepted stay finite
 
+SIGNATURE = "signature"  # the record beside a signed message
+REFUSED = (
+    100  # Error.code of a site that will not or cannot answer; its reason is one of REFUSALS, the rest stays there
+)
+
+# All that a refusal may say. The details, and any name of a file or a patient, stay in the site's own log.
+REFUSALS = {
+    "fault": "the site could not answer; its own log says why",
+    "not-approved": "the run is not approved at the site yet",
+    "application-changed": "the program installed at the site is not the approved one",
+    "too-many-rounds": "the run has more rounds than the site allows",
+    "too-few-patients": "the site has fewer patients than its policy asks for",
+    "outside-hours": "the site takes part at other hours",
+    "privacy-floor": "the site asks for more privacy than the run gives",
+    "round-out-of-range": "the round is not one of the approved run",
+    "base-changed": "the site has trained this round from another model",
+    "incompatible": "the site runs a version with another contract",
+}
+
+Signer = Callable[[bytes], bytes]  # message -> Ed25519 signature
+
 T = TypeVar("T")
 
 
 class ContractError(UserError):
     """A message that does not keep the contract."""
+
+
+class IncompatibleVersion(ContractError):
+    """A message of another contract version."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -78,6 +107,14 @@ def _version_message(found: int) -> str:
 
 
 @dataclass(frozen=True)
+class Invitation(Strict):
+    """Who asks "who is there?", for which run."""
+
+    run: str
+    nonce: str  # fresh for every question: an old answer does not fit
+
+
+@dataclass(frozen=True)
 class Assignment(Strict):
     """Which round of which run, starting from (or scoring) which model."""
 
@@ -91,10 +128,24 @@ class Presence(Strict):
     """A site's answer to "who is there?"."""
 
     site: str
+    run: str
+    nonce: str  # the invitation's
     train_patients: int
     test_patients: int
     faults: int  # cases of the site's data that cannot be used
+    software: dict[str, str] = field(default_factory=dict)  # versions of medsegfed, torch, flwr, python
+    application: str = ""  # hash of the program that runs at the site; empty at virtual sites
+    audit_head: str = ""  # head of the site's audit log: kept here, it shows a log that was rolled back there
     contract_version: int = CONTRACT_VERSION
+
+    def __post_init__(self) -> None:
+        _require(self.contract_version == CONTRACT_VERSION, _version_message(self.contract_version))
+        _require(len(self.software) <= 8, "software names at most 8 programs")
+        texts = [self.site, self.run, self.nonce, self.application, self.audit_head]
+        texts += [*self.software, *self.software.values()]
+        _require(all(len(text) <= 128 for text in texts), "a text is longer than 128 signs")
+        counts = (self.train_patients, self.test_patients, self.faults)
+        _require(all(0 <= n <= LARGEST for n in counts), "counts must lie in 0..1e9")
 
 
 @dataclass(frozen=True)
@@ -112,6 +163,7 @@ class Update(Strict):
     steps: int
     loss: float  # mean diffusion loss over the steps
     seconds: float
+    delta_hash: str  # hex SHA-256 of the arrays: what is signed
 
     def __post_init__(self) -> None:
         for name in ("loss", "seconds"):
@@ -156,16 +208,62 @@ def from_wire(content: RecordDict, name: str, kind: type[T]) -> T:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    record = content.config_records.get(name)
-    text = record.get("json") if record is not None else None
-    if record is None or set(record) != {"json"} or not isinstance(text, str):
-        raise ContractError(f"the record '{name}' is missing or is not one JSON text")
+    text = _text(content, name)
+    _check_version(text)
     try:
         return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in fault["loc"])
         raise ContractError(f"{name}{'.' if where else ''}{where}: {fault['msg']}") from None
+
+
+def _text(content: RecordDict, name: str) -> str:
+    record = content.config_records.get(name)
+    text = record.get("json") if record is not None else None
+    if record is None or set(record) != {"json"} or not isinstance(text, str):
+        raise ContractError(f"the record '{name}' is missing or is not one JSON text")
+    return text
+
+
+def _check_version(text: str) -> None:
+    """Another contract version is told as such, not as the unknown keys it brings."""
+    try:
+        found: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return  # told by the strict reading
+    version = found.get("contract_version", CONTRACT_VERSION) if isinstance(found, dict) else CONTRACT_VERSION
+    if isinstance(version, int) and version != CONTRACT_VERSION:
+        raise IncompatibleVersion(_version_message(version))
+
+
+def sign(content: RecordDict, name: str, signer: Signer | None) -> RecordDict:
+    """The content with a signature over its record `name`; virtual sites, which have no key, send none."""
+    if signer is not None:
+        content[SIGNATURE] = ConfigRecord({"ed25519": signer(_statement(name, _text(content, name)))})
+    return content
+
+
+def check_signature(content: RecordDict, name: str, public_key: str) -> None:
+    """The record `name` must bear the signature of the Ed25519 key `public_key` (hex).
+
+    Raises:
+        ContractError: no signature, or one that does not fit the text and the key.
+    """
+    record = content.config_records.get(SIGNATURE)
+    found = record.get("ed25519") if record is not None else None
+    if not isinstance(found, bytes):
+        raise ContractError("it is not signed")
+    try:
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key))
+        key.verify(found, _statement(name, _text(content, name)))
+    except InvalidSignature:
+        raise ContractError("its signature is not the enrolled key's over this message") from None
+
+
+def _statement(name: str, text: str) -> bytes:
+    """What is signed: the kind of message keeps a signature from serving for another kind."""
+    return f"medsegfed/{CONTRACT_VERSION}/{name}\n{text}".encode()
 
 
 def arrays_to_wire(tensors: Mapping[str, Tensor]) -> ArrayRecord:

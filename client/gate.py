@@ -12,15 +12,19 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
-from client.contract import Presence, Scores, Update, arrays_to_wire, to_wire
+from client.contract import Presence, Scores, Signer, Update, arrays_to_wire, sign, to_wire
 from medsegdiff.errors import UserError
+from medsegdiff.weights import hash_weights
 
 
-def release_update(update: Update, delta: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> RecordDict:
-    """An update as it leaves the site.
+def release_update(
+    update: Update, delta: Mapping[str, Tensor], base: Mapping[str, Tensor], signer: Signer | None = None
+) -> RecordDict:
+    """An update as it leaves the site, signed where the site has a key.
 
     Raises:
-        UserError: an array that the model does not have, of another shape or type, or with values that are not finite.
+        UserError: an array that the model does not have, of another shape or type, with values that are not finite, or
+            arrays that are not the ones the update's hash names.
     """
     if set(delta) != set(base):
         odd = sorted(set(delta) ^ set(base))[0]
@@ -38,14 +42,16 @@ def release_update(update: Update, delta: Mapping[str, Tensor], base: Mapping[st
                 f"{update.site}: the update gate stopped array '{name}': it holds values that are not finite. Nothing "
                 "was sent; lower the run's learning rate."
             )
-    return RecordDict({"update": to_wire(update), "delta": arrays_to_wire(delta)})
+    if hash_weights(delta) != update.delta_hash:
+        raise UserError(f"{update.site}: the update gate stopped arrays that changed after training. Nothing was sent.")
+    return sign(RecordDict({"update": to_wire(update), "delta": arrays_to_wire(delta)}), "update", signer)
 
 
-def release_scores(scores: Scores) -> RecordDict:
+def release_scores(scores: Scores, signer: Signer | None = None) -> RecordDict:
     """Scores as they leave the site."""
-    return RecordDict({"scores": to_wire(scores)})
+    return sign(RecordDict({"scores": to_wire(scores)}), "scores", signer)
 
 
-def release_presence(presence: Presence) -> RecordDict:
+def release_presence(presence: Presence, signer: Signer | None = None) -> RecordDict:
     """A site's counts as they leave it."""
-    return RecordDict({"presence": to_wire(presence)})
+    return sign(RecordDict({"presence": to_wire(presence)}), "presence", signer)

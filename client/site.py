@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from client.contract import Presence, TrainTask
+from client.contract import Invitation, Presence, TrainTask
+from client.policy import SitePolicy
+from client.scrub import CaseName, Public
 from medsegdiff.data.dataset import DatasetConfig, open_dataset
 from medsegdiff.data.prepare import Prepared, prepare
 from medsegdiff.data.prepared import PreparedCase
 from medsegdiff.data.splits import SPLIT_SEED, TEST_FRACTION, split_patients
 from medsegdiff.errors import UserError
+from medsegdiff.software import software
 from medsegdiff.strict import Strict, read_config
 
 log = logging.getLogger("medsegfed.site")
@@ -31,6 +34,8 @@ class SiteConfig(Strict):
     cache: str | None = None  # folder for preprocessed slices; default: MEDSEGFED_CACHE, else `cache` beside site.yaml
     device: str | int = "auto"  # "auto", "cpu", "cuda", a GPU's index (1) or part of its name ("H200")
     compile: bool = False  # have torch compile each round's training: a minute at its start, faster steps after it
+    keys: str | None = None  # folder of the site's keys, relative to site.yaml; None: a virtual site
+    policy: SitePolicy = SitePolicy()  # what the data officer lets run
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,18 @@ class Site:
         self._check_schema(self._schema, task.dataset)  # kept data may have been opened for another run
         return self._data[size]
 
-    def presence(self, task: TrainTask) -> Presence:
-        """Counts that tell the server who takes part."""
+    def presence(self, task: TrainTask, invitation: Invitation) -> Presence:
+        """Counts and versions that tell the server who takes part."""
         data = self.data(task)
-        return Presence(self.name, data.train_patients, data.test_patients, data.faults)
+        return Presence(
+            site=self.name,
+            run=invitation.run,
+            nonce=invitation.nonce,
+            train_patients=data.train_patients,
+            test_patients=data.test_patients,
+            faults=data.faults,
+            software=software(),
+        )
 
     def _cache(self) -> Path:
         """site.yaml's folder; else MEDSEGFED_CACHE, which virtual sites of one machine share; else beside site.yaml."""
@@ -93,7 +106,9 @@ class Site:
 
     def _split(self, prepared: Prepared) -> SiteData:
         for fault in prepared.faults:
-            log.warning("%s: case %s is left out: %s (%s)", self.name, fault.case_id, fault.reason, fault.file)
+            log.warning(
+                "%s: case %s is left out: %s (%s)", Public(self.name), CaseName(fault.case_id), fault.reason, fault.file
+            )  # in a federation client.scrub hashes the case and withholds reason and file
         parts = split_patients([p.case for p in prepared.cases], TEST_FRACTION, 0.0, SPLIT_SEED)
         by_split = {
             name: tuple(p for p in prepared.cases if parts[p.case.patient_id] == name) for name in ("train", "test")

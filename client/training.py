@@ -16,7 +16,7 @@ from medsegdiff.devices import choose_device
 from medsegdiff.ensemble import derive_seed
 from medsegdiff.progress import Progress, report
 from medsegdiff.training import Trainer
-from medsegdiff.weights import Segmenter, build
+from medsegdiff.weights import Segmenter, build, hash_weights
 
 
 def train_round(
@@ -53,6 +53,7 @@ def train_round(
         steps=task.local_steps,
         loss=loss,
         seconds=time.perf_counter() - started,
+        delta_hash=hash_weights(delta),
     )
     return update, delta
 

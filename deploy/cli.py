@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deploy import cli_federation
 from medsegdiff.errors import EXIT_CODE, UserError
 
 # Flower reports usage to its vendor and looks for updates unless told otherwise; a hospital's machine must not.
@@ -29,6 +30,7 @@ model_app = typer.Typer(no_args_is_help=True, help="What a model is made of.")
 data_app = typer.Typer(no_args_is_help=True, help="What a dataset holds; published datasets; virtual sites.")
 app.add_typer(model_app, name="model")
 app.add_typer(data_app, name="data")
+app.add_typer(cli_federation.app)
 
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of the dataset that the recipe names.")]
 

@@ -11,11 +11,15 @@ from flwr.serverapp import Grid, ServerApp
 from client.contract import arrays_to_wire
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
-from medsegdiff.weights import initial_weights, save_model
+from medsegdiff.weights import hash_weights, initial_weights, save_model
 from server.checkpoints import CheckpointStore
 from server.config import RunPlan
+from server.exchange import RunStopped
 from server.journal import Journal
+from server.membership import Membership
 from server.strategy import FederatedAveraging
+
+STOP = "stop.json"  # in the run folder: the coordinator wants the run to end; its content says who and when
 
 app = ServerApp()
 
@@ -30,10 +34,36 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_federation(grid: Grid, folder: Path) -> None:
-    """Carry out `folder`/run.yaml over `grid`, from where the folder stands; ends with `folder`/model.safetensors."""
+    """Carry out `folder`/run.yaml over `grid`, from where the folder stands; ends with `folder`/model.safetensors.
+
+    In a real federation (MEDSEGFED_FEDERATION) every outcome is told by the journal's last event: finished, stopped or
+    failed, the last with the reason. A run that ended so is not started again by itself.
+    """
     plan = read_config(folder / "run.yaml", RunPlan)
-    strategy = FederatedAveraging(plan, CheckpointStore(folder / "checkpoints"), Journal(folder / "journal.jsonl"))
+    journal, membership = Journal(folder / "journal.jsonl"), Membership.here()
+    if membership is None:
+        _carry_out(grid, folder, plan, journal, None)
+        return
+    journal.append("session")
+    try:
+        model_hash = _carry_out(grid, folder, plan, journal, membership)
+    except RunStopped:
+        journal.append("stopped")
+        membership.note("stopped", run=plan.run_id)
+        return
+    except UserError as error:
+        journal.append("failed", reason=str(error))
+        membership.note("failed", run=plan.run_id)
+        raise
+    journal.append("finished", model_hash=model_hash)
+    membership.note("finished", run=plan.run_id, model=model_hash)
+
+
+def _carry_out(grid: Grid, folder: Path, plan: RunPlan, journal: Journal, membership: Membership | None) -> str:
+    store = CheckpointStore(folder / "checkpoints")
+    strategy = FederatedAveraging(plan, store, journal, membership, (folder / STOP).exists)
     strategy.summary()
     initial = arrays_to_wire(initial_weights(plan.task.model, plan.task.seed))
     strategy.start(grid, initial, num_rounds=plan.task.rounds, timeout=plan.deadline_seconds)
     save_model(folder / "model.safetensors", plan.task.card, strategy.weights)
+    return hash_weights(strategy.weights)

@@ -16,11 +16,13 @@ from medsegdiff.strict import Strict, compact_json
 _ANY_DATASET = DatasetConfig("any", "any", ("image",), {"background": 0, "target": 1})
 
 
-def _check_pace(evaluate_every: int, deadline_seconds: float) -> None:
+def _check_pace(evaluate_every: int, deadline_seconds: float, absence_seconds: float) -> None:
     if evaluate_every < 1:
         raise ValueError(f"evaluate_every must be at least 1, found {evaluate_every}")
     if not deadline_seconds > 0:
         raise ValueError(f"deadline_seconds must be positive, found {deadline_seconds}")
+    if not 0 <= absence_seconds <= deadline_seconds:
+        raise ValueError(f"absence_seconds must lie in 0..deadline_seconds, found {absence_seconds}")
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ class RunRequest(Strict):
     evaluate_every: int = 1  # rounds between scorings of the federated model; the last round is always scored
     quorum: int | None = None  # least number of sites whose updates make a round; default: all
     deadline_seconds: float = 3600.0  # a round waits no longer for its sites
+    absence_seconds: float = 120.0  # with the quorum met, how long a round waits for sites that are offline
 
     def __post_init__(self) -> None:
-        _check_pace(self.evaluate_every, self.deadline_seconds)
+        _check_pace(self.evaluate_every, self.deadline_seconds, min(self.absence_seconds, self.deadline_seconds))
         if self.quorum is not None and self.quorum < 1:
             raise ValueError(f"quorum must be at least 1, found {self.quorum}")
         self.task(_ANY_DATASET, seed=0)  # the contract's own limits, before any patient is read
@@ -117,14 +120,15 @@ class RunPlan(Strict):
     evaluate_every: int = 1
     quorum: int | None = None
     deadline_seconds: float = 3600.0
-    engine: str = field(default="inline")
+    absence_seconds: float = 120.0
+    engine: str = field(default="inline")  # inline, ray (simulations) or network (a real federation)
 
     def __post_init__(self) -> None:
         if not self.roster:
             raise ValueError("roster: a run needs at least one site")
         if self.quorum is not None and not 1 <= self.quorum <= len(self.roster):
             raise ValueError(f"quorum must lie in 1..{len(self.roster)} (the number of sites), found {self.quorum}")
-        _check_pace(self.evaluate_every, self.deadline_seconds)
+        _check_pace(self.evaluate_every, self.deadline_seconds, self.absence_seconds)
 
     @property
     def run_id(self) -> str:
@@ -152,6 +156,7 @@ def make_plan(
             evaluate_every=request.evaluate_every,
             quorum=request.quorum,
             deadline_seconds=request.deadline_seconds,
+            absence_seconds=min(request.absence_seconds, request.deadline_seconds),
             engine=engine,
         )
     except ValueError as error:

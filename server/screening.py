@@ -8,7 +8,20 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
-from client.contract import ContractError, Scores, Update, array_bytes, arrays_from_wire, from_wire
+from client.contract import (
+    REFUSALS,
+    REFUSED,
+    SIGNATURE,
+    ContractError,
+    Presence,
+    Scores,
+    Update,
+    array_bytes,
+    arrays_from_wire,
+    check_signature,
+    from_wire,
+)
+from medsegdiff.weights import hash_weights
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,7 @@ class Expected:
     enrolled: int  # training patients on the roster: the largest weight the site may claim
     shapes: Mapping[str, tuple[int, ...]]
     targets: tuple[str, ...]  # what scores may be reported of
+    key: str | None = None  # enrolled Ed25519 key (hex) that must have signed; None: a virtual site
 
 
 @dataclass(frozen=True)
@@ -43,9 +57,9 @@ class Rejection:
 
 
 def screen_update(message: Message, expected: Expected) -> Accepted | Rejection:
-    """Check one training reply: contract, identity, size, shapes, finite values, claimed weight. Never raises."""
+    """Check one training reply: signature, identity, claimed weight, sizes, shapes, finite values. Never raises."""
     try:
-        content = _content(message, {"update", "delta"})
+        content = _content(message, {"update", "delta"}, "update", expected.key)
         update = from_wire(content, "update", Update)
         _check_identity(update.site, update.run, update.round, update.base_hash, expected)
         if not 1 <= update.patients <= expected.enrolled:
@@ -55,7 +69,10 @@ def screen_update(message: Message, expected: Expected) -> Accepted | Rejection:
         record = content["delta"]
         if not isinstance(record, ArrayRecord):
             raise ContractError("the record 'delta' is not a set of arrays")
-        return Accepted(update, arrays_from_wire(record, expected.shapes), array_bytes(record))
+        delta = arrays_from_wire(record, expected.shapes)
+        if hash_weights(delta) != update.delta_hash:
+            raise ContractError("its arrays are not the ones that were signed (their hash differs)")
+        return Accepted(update, delta, array_bytes(record))
     except Exception as error:  # whatever a site sends must not end the run of the others
         return Rejection(expected.site, short_reason(error))
 
@@ -63,7 +80,8 @@ def screen_update(message: Message, expected: Expected) -> Accepted | Rejection:
 def screen_scores(message: Message, expected: Expected) -> Scores | Rejection:
     """Check one evaluation reply. Never raises."""
     try:
-        scores = from_wire(_content(message, {"scores"}), "scores", Scores)
+        content = _content(message, {"scores"}, "scores", expected.key)
+        scores = from_wire(content, "scores", Scores)
         _check_identity(scores.site, scores.run, scores.round, scores.model_hash, expected)
         if set(scores.dice_by_target) != (set(expected.targets) if scores.patients else set()):
             raise ContractError(f"it scores {sorted(scores.dice_by_target)[:5]}, not {list(expected.targets)}")
@@ -74,11 +92,45 @@ def screen_scores(message: Message, expected: Expected) -> Scores | Rejection:
     return scores
 
 
-def _content(message: Message, names: set[str]) -> RecordDict:
+def screen_presence(message: Message, run: str, nonce: str, keys: Mapping[str, str | None]) -> Presence:
+    """Check one answer to "who is there?".
+
+    Args:
+        nonce: of the question; an answer to an older one does not count.
+        keys: site -> its enrolled key, None for virtual sites; who is not in it is no member.
+
+    Raises:
+        ContractError: a refusal, a stranger, a wrong signature, an answer to another question.
+    """
+    said = None if message.has_error() else from_wire(message.content, "presence", Presence)
+    if said is not None and said.site not in keys:
+        raise ContractError(f"'{said.site[:40]}' is not on the roster ({', '.join(sorted(keys))})")
+    content = _content(message, {"presence"}, "presence", keys[said.site] if said is not None else None)
+    presence = from_wire(content, "presence", Presence)
+    if (presence.run, presence.nonce) != (run, nonce):
+        raise ContractError(f"'{presence.site}' answers another question than the one asked")
+    return presence
+
+
+def refusal_of(message: Message) -> str | None:
+    """The code of a site's refusal (one of `REFUSALS`), None for any other answer."""
+    if not message.has_error() or message.error.code != REFUSED:
+        return None
+    code = str(message.error.reason).partition(":")[0]
+    return code if code in REFUSALS else "fault"
+
+
+def _content(message: Message, names: set[str], signed: str, key: str | None) -> RecordDict:
+    """The records of a reply, once its signature was checked: nothing unsigned is looked into further."""
+    if (code := refusal_of(message)) is not None:
+        raise ContractError(f"the site reported a fault (code {message.error.code}): {REFUSALS[code]}")
     if message.has_error():
         raise ContractError(f"the site reported a fault (code {message.error.code}): {message.error.reason}")
-    if set(message.content) != names:
-        raise ContractError(f"it holds the records {sorted(message.content)[:5]}, not {sorted(names)}")
+    due = names | ({SIGNATURE} if key is not None else set())
+    if set(message.content) != due:
+        raise ContractError(f"it holds the records {sorted(message.content)[:5]}, not {sorted(due)}")
+    if key is not None:
+        check_signature(message.content, signed, key)
     return message.content
 
 

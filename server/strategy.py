@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,16 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from client.contract import (
-    Assignment,
-    ContractError,
-    Presence,
-    Scores,
-    arrays_from_wire,
-    arrays_to_wire,
-    from_wire,
-    to_wire,
-)
+from client.contract import Assignment, Scores, arrays_from_wire, arrays_to_wire, to_wire
 from medsegdiff.errors import UserError
 from medsegdiff.labels import LabelScheme
 from medsegdiff.progress import Progress, report
@@ -35,12 +25,14 @@ from medsegdiff.weights import hash_weights, weight_shapes
 from server.aggregation import AggregationOverflow, FixedPointSum, apply_update
 from server.checkpoints import Checkpoint, CheckpointStore
 from server.config import RunPlan
+from server.exchange import Exchange, Records
 from server.journal import Journal
-from server.screening import Accepted, Expected, Rejection, screen_scores, screen_update, short_reason
+from server.membership import Membership
+from server.screening import Accepted, Expected, Rejection, screen_scores, screen_update
 
 log = logging.getLogger("medsegfed.server")
 
-POLL_SECONDS = 0.2  # between looks for replies when none came; Flower's default of 3 s dominates short rounds
+Replies = Iterable[tuple[str, Message]]  # site, its reply
 
 
 class FederatedAveraging(Strategy):
@@ -50,17 +42,28 @@ class FederatedAveraging(Strategy):
         plan: what to run and who may take part.
         store: where rounds are committed.
         journal: where events are told.
+        membership: a real federation's members and audit log; None in a simulation.
+        stopped: whether the coordinator wants the run to end.
     """
 
-    def __init__(self, plan: RunPlan, store: CheckpointStore, journal: Journal) -> None:
+    def __init__(
+        self,
+        plan: RunPlan,
+        store: CheckpointStore,
+        journal: Journal,
+        membership: Membership | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.plan = plan
         self.store = store
         self.journal = journal
+        self.membership = membership
+        self.stopped = stopped
         self.shapes = weight_shapes(plan.task.model)
         self.weights: dict[str, Tensor] = {}
         self.model_hash = ""
-        self._sites: dict[int, str] = {}  # Flower's node id -> site name, as the site said it
-        self._record: dict[str, Any] = {}
+        self.exchange: Exchange | None = None  # conversations over the grid of `start`
+        self._usable = 0  # updates folded in the round at hand
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -83,16 +86,14 @@ class FederatedAveraging(Strategy):
             UserError: fewer usable updates than the quorum.
         """
         first = self._restore(initial_arrays)
+        self.exchange = Exchange(grid, self.plan, self.journal, self.membership, self.stopped)
         result = Result()
         for round_ in range(first, num_rounds + 1):
             if round_ > first:
-                self._meet_sites(grid, timeout)
-                replies = self._stream(grid, self._round_messages(MessageType.TRAIN, round_), timeout)
-                self.aggregate_train(round_, replies)
+                self._usable = 0
+                self.aggregate_train(round_, self._train(round_))
             if self._due(round_) and self.journal.last("scores", round=round_, model_hash=self.model_hash) is None:
-                self._meet_sites(grid, timeout)
-                replies = self._stream(grid, self._round_messages(MessageType.EVALUATE, round_), timeout)
-                metrics = self.aggregate_evaluate(round_, replies)
+                metrics = self.aggregate_evaluate(round_, self._evaluate(round_))
                 if metrics is not None:
                     result.evaluate_metrics_clientapp[round_] = metrics
         result.arrays = arrays_to_wire(self.weights)
@@ -113,57 +114,38 @@ class FederatedAveraging(Strategy):
     def _due(self, round_: int) -> bool:
         return round_ > 0 and (round_ % self.plan.evaluate_every == 0 or round_ == self.plan.task.rounds)
 
-    # --- who takes part -----------------------------------------------------------------------------------------------
+    def _train(self, round_: int) -> Iterator[tuple[str, Message]]:
+        assert self.exchange is not None
+        return self.exchange.ask(
+            MessageType.TRAIN, round_, self._records(round_), self._enough, self.plan.absence_seconds
+        )
 
-    def _meet_sites(self, grid: Grid, timeout: float) -> None:
-        """Ask nodes that have not introduced themselves; names that are not on the roster are left out."""
-        deadline = time.monotonic() + timeout
-        while not (nodes := set(grid.get_node_ids())) and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-        self._sites = {node: site for node, site in self._sites.items() if node in nodes}
-        strangers = sorted(nodes - set(self._sites))
-        if not strangers:
-            return
-        task = to_wire(self.plan.task)
-        questions = [Message(RecordDict({"task": task}), node, MessageType.QUERY) for node in strangers]
-        for reply in self._stream(grid, questions, timeout):
-            self._introduce(reply)
+    def _evaluate(self, round_: int) -> Iterator[tuple[str, Message]]:
+        """Scores of whoever is there: nobody is waited for."""
+        assert self.exchange is not None
+        return self.exchange.ask(MessageType.EVALUATE, round_, self._records(round_), lambda: True, 0.0)
 
-    def _introduce(self, reply: Message) -> None:
-        node = reply.metadata.src_node_id
-        try:
-            if reply.has_error():
-                raise ContractError(f"a site could not answer (code {reply.error.code}): {reply.error.reason}")
-            site = from_wire(reply.content, "presence", Presence).site
-            if site not in self.plan.roster:
-                raise ContractError(f"'{site[:40]}' is not on the roster ({', '.join(self.plan.roster)})")
-            if site in self._sites.values():
-                raise ContractError(f"'{site}' is here twice; the first one counts")
-        except Exception as error:  # one stranger must not end the run of the others
-            reason = short_reason(error)
-            log.warning("a node is left out: %s", reason)
-            self.journal.append("stranger", reason=reason)
-            return
-        self._sites[node] = site
+    def _enough(self) -> bool:
+        return self._usable >= self.plan.required
 
     # --- Flower's interface -------------------------------------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One training message per site that introduced itself."""
-        return self._round_messages(MessageType.TRAIN, server_round)
+        """One training message per site that has introduced itself."""
+        return self._messages(MessageType.TRAIN, server_round)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One evaluation message per site that introduced itself."""
-        return self._round_messages(MessageType.EVALUATE, server_round)
+        """One evaluation message per site that has introduced itself."""
+        return self._messages(MessageType.EVALUATE, server_round)
 
     def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
+        self, server_round: int, replies: Iterable[Any]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold the replies one by one and commit the round.
+        """Fold the replies, pairs of site and message, one by one and commit the round.
 
         Raises:
             UserError: fewer usable updates than the quorum; the last committed round stays.
@@ -172,16 +154,17 @@ class FederatedAveraging(Strategy):
         accepted: dict[str, dict[str, Any]] = {}
         rejected: dict[str, str] = {}
         received = 0
-        for site, reply in self._once_each(server_round, replies):
+        for site, reply in replies:
             outcome = screen_update(reply, self._expected(site, server_round))
             if isinstance(outcome, Accepted):
                 outcome = self._fold(total, outcome)
             if isinstance(outcome, Rejection):
                 rejected[site] = outcome.reason
-                log.warning("round %d: %s is left out: %s", server_round, site, outcome.reason)
-                self.journal.append("rejected", round=server_round, site=site, reason=outcome.reason)
+                self._reject(server_round, outcome)
                 continue
             update = outcome.update
+            self._usable += 1
+            self._note("update", server_round, site, patients=update.patients, delta=update.delta_hash, decision="accepted")
             accepted[site] = {"patients": update.patients, "loss": update.loss, "seconds": update.seconds}
             received += outcome.bytes
         absent = [site for site in self.plan.roster if site not in accepted and site not in rejected]
@@ -193,14 +176,13 @@ class FederatedAveraging(Strategy):
         report(Progress("round", server_round, self.plan.task.rounds, round=server_round, loss=mean_loss))
         return arrays_to_wire(self.weights), MetricRecord({"loss": mean_loss})
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Any]) -> MetricRecord | None:
         """Collect every site's averages; returns the mean Dice over sites."""
         scores: dict[str, Scores] = {}
-        for site, reply in self._once_each(server_round, replies):
+        for site, reply in replies:
             outcome = screen_scores(reply, self._expected(site, server_round))
             if isinstance(outcome, Rejection):
-                log.warning("round %d: the scores of %s are left out: %s", server_round, site, outcome.reason)
-                self.journal.append("rejected", round=server_round, site=site, reason=outcome.reason)
+                self._reject(server_round, outcome)
             else:
                 scores[site] = outcome
         told = {site: _told(scores[site]) for site in self.plan.roster if site in scores}
@@ -221,49 +203,40 @@ class FederatedAveraging(Strategy):
 
     # --- one round ----------------------------------------------------------------------------------------------------
 
-    def _round_messages(self, kind: str, round_: int) -> Iterator[Message]:
-        """Messages share one set of records: sending to many sites does not multiply the model in memory."""
-        records: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {
-            "task": to_wire(self.plan.task),
+    def _records(self, round_: int) -> Records:
+        """What a round's question holds: one set for all sites, so that many sites do not multiply the model."""
+        return {
             "assignment": to_wire(Assignment(self.plan.run_id, round_, self.model_hash)),
             "weights": arrays_to_wire(self.weights),
         }
-        for node in sorted(self._sites, key=self._sites.__getitem__):
-            yield Message(RecordDict({**records}), node, kind, group_id=str(round_))
 
-    def _stream(self, grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
-        """Send, then yield replies one at a time as they come, until all are here or the deadline has passed."""
-        pending = list(grid.push_messages(messages))
-        deadline = time.monotonic() + timeout
-        while pending:
-            came = False
-            for message_id in list(pending):
-                for reply in grid.pull_messages([message_id]):
-                    pending.remove(message_id)
-                    came = True
-                    yield reply
-            if time.monotonic() > deadline:
-                return
-            if pending and not came:
-                time.sleep(POLL_SECONDS)
+    def _messages(self, kind: str, round_: int) -> list[Message]:
+        records = {"task": to_wire(self.plan.task), **self._records(round_)}
+        sites = self.exchange.sites if self.exchange is not None else {}
+        return [
+            Message(RecordDict({**records}), node, kind, group_id=str(round_))
+            for node in sorted(sites, key=sites.get)  # type: ignore[arg-type]
+        ]
 
-    def _once_each(self, round_: int, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
-        """Each site's first reply; one of an unknown node, or a second one, must not be folded."""
-        seen: set[str] = set()
-        for reply in replies:
-            site = self._sites.get(reply.metadata.src_node_id)
-            if site is None or site in seen:
-                reason = "a reply of a node that was not asked" if site is None else f"a second reply of {site}"
-                log.warning("round %d: %s is left out", round_, reason)
-                self.journal.append("stranger", round=round_, reason=reason)
-                continue
-            seen.add(site)
-            yield site, reply
+    def _reject(self, round_: int, rejection: Rejection) -> None:
+        log.warning("round %d: %s is left out: %s", round_, rejection.site, rejection.reason)
+        self.journal.append("rejected", round=round_, site=rejection.site, reason=rejection.reason)
+        self._note("update", round_, rejection.site, decision=f"rejected: {rejection.reason}")
+
+    def _note(self, event: str, round_: int, site: str, **fields: Any) -> None:
+        """One line in the audit log of a real federation: who, under which key, for which run and round, decided how."""
+        if self.membership is not None:
+            key = self._key_of(site)
+            self.membership.note(event, run=self.plan.run_id, round=round_, site=site, key=key, **fields)
+
+    def _key_of(self, site: str) -> str | None:
+        return self.exchange.key_of(site) if self.exchange is not None else None
 
     def _expected(self, site: str, round_: int) -> Expected:
         plan, targets = self.plan, LabelScheme.of(self.plan.task.dataset).targets
         steps, enrolled = plan.task.local_steps, plan.roster[site]
-        return Expected(site, plan.run_id, round_, self.model_hash, steps, enrolled, self.shapes, targets)
+        key = self._key_of(site)
+        return Expected(site, plan.run_id, round_, self.model_hash, steps, enrolled, self.shapes, targets, key)
 
     @staticmethod
     def _fold(total: FixedPointSum, outcome: Accepted) -> Accepted | Rejection:
@@ -294,12 +267,22 @@ class FederatedAveraging(Strategy):
         self.store.save(Checkpoint(self.plan.run_id, round_, weights, record))
         self.weights, self.model_hash = weights, record["model_hash"]
         self.journal.append("round", **record)
+        if self.membership is not None:
+            self.membership.note(
+                "committed",
+                run=self.plan.run_id,
+                round=round_,
+                model=self.model_hash,
+                accepted=sorted(accepted),
+                rejected=sorted(rejected),
+                absent=absent,
+            )
 
     def _below_quorum(
         self, round_: int, accepted: dict[str, Any], rejected: dict[str, str], absent: list[str]
     ) -> UserError:
         reasons = [f"{site} was rejected ({reason})" for site, reason in sorted(rejected.items())]
-        asked = set(self._sites.values())
+        asked = set(self.exchange.sites.values()) if self.exchange is not None else set()
         reasons += [
             f"{site} did not answer within {self.plan.deadline_seconds:g} s"
             if site in asked

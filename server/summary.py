@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from medsegdiff.software import software
 
-def software() -> dict[str, str]:
-    """Versions that results may depend on."""
-    return {
-        "medsegfed": version("medsegfed"),
-        "torch": torch.__version__,
-        "flwr": version("flwr"),
-        "python": platform.python_version(),
-    }
+__all__ = ["hardware", "software"]
 
 
 def hardware(threads: int) -> dict[str, str | int | None]:

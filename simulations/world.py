@@ -226,4 +226,5 @@ def _table(rows: Sequence[tuple[str, ...]]) -> bytes:
 
 
 def _site_yaml(site: str) -> bytes:
-    return dump_yaml({"name": site, "data": "data", "cache": None, "device": "auto"}).encode()
+    # A line a key: `medsegfed join` adds a real site's lines below.
+    return f"{dump_yaml({'name': site}).strip()[1:-1]}\ndata: data\ncache: null\ndevice: auto\n".encode()

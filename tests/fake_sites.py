@@ -12,9 +12,22 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from torch import Tensor
 
-from client.contract import RAW, Assignment, Presence, Scores, TrainTask, Update, arrays_to_wire, from_wire, to_wire
+from client.contract import (
+    RAW,
+    Assignment,
+    ContractError,
+    Invitation,
+    Presence,
+    Scores,
+    TrainTask,
+    Update,
+    arrays_from_wire,
+    arrays_to_wire,
+    from_wire,
+    to_wire,
+)
 from medsegdiff.strict import read_config
-from medsegdiff.weights import weight_shapes
+from medsegdiff.weights import hash_weights, weight_shapes
 from server.app import app as server_app
 from server.config import RunPlan
 from simulations.inline import run_inline
@@ -49,14 +62,19 @@ class FakeSites:
     def _answer(self, site: str, kind: str, message: Message) -> RecordDict:
         task = from_wire(message.content, "task", TrainTask)
         if kind == MessageType.QUERY:
-            return RecordDict({"presence": to_wire(Presence(site, self.plan.roster[site], 1, 0))})
+            asked_by = from_wire(message.content, "invitation", Invitation)
+            presence = Presence(site, asked_by.run, asked_by.nonce, self.plan.roster[site], 1, 0)
+            return RecordDict({"presence": to_wire(presence)})
         asked = from_wire(message.content, "assignment", Assignment)
         if kind == MessageType.EVALUATE:
             scores = Scores(site, asked.run, asked.round, asked.model_hash, 1, 0.5, {"lesion": 0.5}, 2.0)
             return RecordDict({"scores": to_wire(scores)})
         n = self.plan.roster[site]
-        update = Update(site, asked.run, asked.round, asked.model_hash, n, task.local_steps, 0.5, 0.0)
-        return RecordDict({"update": to_wire(update), "delta": arrays_to_wire(delta_of(site, asked.round, task))})
+        delta = delta_of(site, asked.round, task)
+        update = Update(
+            site, asked.run, asked.round, asked.model_hash, n, task.local_steps, 0.5, 0.0, hash_weights(delta)
+        )
+        return RecordDict({"update": to_wire(update), "delta": arrays_to_wire(delta)})
 
 
 def run(folder: Path, spoil: dict[str, Spoil] | None = None, names: list[str] | None = None) -> FakeSites:
@@ -90,8 +108,8 @@ def say(**changes: Any) -> Callable[[RecordDict], RecordDict]:
     return change
 
 
-def put(value: float, name: str | None = None) -> Callable[[RecordDict], RecordDict]:
-    """One value in the first array, or an array more."""
+def put(value: float, name: str | None = None, rehash: bool = True) -> Callable[[RecordDict], RecordDict]:
+    """One value in the first array, or an array more; the update names the new arrays' hash unless `rehash` is False."""
 
     def change(content: RecordDict) -> RecordDict:
         arrays = dict(content.array_records["delta"])
@@ -101,6 +119,16 @@ def put(value: float, name: str | None = None) -> Callable[[RecordDict], RecordD
             first = sorted(arrays)[0]
             data = torch.full(tuple(arrays[first].shape), value).numpy().astype("<f4").tobytes()
             arrays[first] = Array("float32", tuple(arrays[first].shape), RAW, data)
-        return RecordDict(dict(content) | {"delta": ArrayRecord(arrays)})
+        changed = RecordDict(dict(content) | {"delta": ArrayRecord(arrays)})
+        return say(delta_hash=_hash_of(arrays))(changed) if rehash else changed
 
     return change
+
+
+def _hash_of(arrays: dict[str, Array]) -> str:
+    """What a site would state as the hash of these arrays; anything where they are not finite."""
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    try:
+        return hash_weights(arrays_from_wire(ArrayRecord(arrays), shapes))
+    except ContractError:
+        return "0" * 64

@@ -11,9 +11,12 @@ import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.app import REFUSED, app, site_file
+from client.app import app, site_file
 from client.contract import (
+    REFUSALS,
+    REFUSED,
     Assignment,
+    Invitation,
     Presence,
     Scores,
     TrainTask,
@@ -53,8 +56,13 @@ def world(tiny_world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_site_says_who_it_is(world, tiny_task) -> None:
     """Name, patients by split and faults of the site that the partition names."""
-    answers = [from_wire(ask(MessageType.QUERY, tiny_task, i).content, "presence", Presence) for i in range(3)]
-    assert answers == [Presence("alder", 3, 1, 0), Presence("birch", 2, 1, 0), Presence("elm", 1, 1, 0)]
+    question = {"invitation": to_wire(Invitation("run-1", "n"))}
+    replies = [ask(MessageType.QUERY, tiny_task, i, **question) for i in range(3)]
+    answers = [from_wire(reply.content, "presence", Presence) for reply in replies]
+    counts = [("alder", 3, 1), ("birch", 2, 1), ("elm", 1, 1)]
+    assert [(a.site, a.train_patients, a.test_patients) for a in answers] == counts
+    assert all((a.run, a.nonce, a.faults, a.application) == ("run-1", "n", 0, "") for a in answers)
+    assert set(answers[0].software) == {"medsegfed", "torch", "flwr", "python"}
 
 
 def test_a_site_trains_and_answers_with_its_change(world, tiny_task) -> None:
@@ -77,10 +85,10 @@ def test_a_site_scores_with_averages_alone(world, tiny_task) -> None:
     assert (scores.site, scores.patients, list(scores.dice_by_target)) == ("alder", 1, ["lesion"])
 
 
-def refusal(reply: Message, secret: str) -> None:
+def refusal(reply: Message, secret: str, code: str = "fault") -> None:
     assert reply.has_error()
     assert not reply.has_content()
-    assert (reply.error.code, reply.error.reason) == (REFUSED, "the site could not answer; its own log says why")
+    assert (reply.error.code, reply.error.reason) == (REFUSED, f"{code}: {REFUSALS[code]}")
     assert secret not in reply.error.reason
 
 
@@ -89,7 +97,7 @@ def test_a_fault_keeps_its_file_names_at_home(tmp_path, tiny_world, tiny_task, m
     shutil.copytree(tiny_world, tmp_path / "world")
     shutil.rmtree(tmp_path / "world" / "alder" / "data")
     monkeypatch.setenv("MEDSEGFED_WORLD", str(tmp_path / "world"))
-    refusal(ask(MessageType.QUERY, tiny_task), "alder")
+    refusal(ask(MessageType.QUERY, tiny_task, invitation=to_wire(Invitation("run-1", "n"))), "alder")
     assert str(tmp_path / "world" / "alder" / "data") in caplog.text
 
 
@@ -111,14 +119,14 @@ def test_another_contract_is_refused(world, tiny_task, caplog) -> None:
     """A newer server's task is not answered; the site's log says who has to update."""
     task = to_wire(tiny_task)
     task["json"] = canonical_json(tiny_task).replace('"contract_version":1', '"contract_version":2')
-    refusal(ask(MessageType.QUERY, tiny_task, 0, task=task), "version")
+    refusal(ask(MessageType.QUERY, tiny_task, 0, task=task), "version 2", "incompatible")
     assert "Update the older side" in caplog.text
 
 
 def test_a_task_for_other_data_is_refused(world, tiny_task, caplog) -> None:
     """Channels and labels of the site's own dataset.yaml decide."""
     other = replace(tiny_task, dataset=replace(tiny_task.dataset, channels=("ultrasound",)))
-    refusal(ask(MessageType.QUERY, other), "ultrasound")
+    refusal(ask(MessageType.QUERY, other, invitation=to_wire(Invitation("run-1", "n"))), "ultrasound")
     assert "its data has the channels ['scan'], the run asks for ['ultrasound']" in caplog.text
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,8 +19,11 @@ from hypothesis import strategies as st
 from client.contract import (
     CONTRACT_VERSION,
     RAW,
+    SIGNATURE,
     Assignment,
     ContractError,
+    IncompatibleVersion,
+    Invitation,
     Presence,
     Scores,
     TrainTask,
@@ -27,14 +31,17 @@ from client.contract import (
     array_bytes,
     arrays_from_wire,
     arrays_to_wire,
+    check_signature,
     from_wire,
+    sign,
     to_wire,
 )
 from medsegdiff.strict import plain
 
-UPDATE = Update("alder", "run-1", 1, "a" * 64, 3, 2, 0.5, 1.25)
+UPDATE = Update("alder", "run-1", 1, "a" * 64, 3, 2, 0.5, 1.25, "d" * 64)
 SCORES = Scores("alder", "run-1", 1, "a" * 64, 2, 0.5, {"lesion": 0.5}, 3.25, 0, 0.1)
-MESSAGES = [Assignment("run-1", 1, "a" * 64), Presence("alder", 3, 1, 0), UPDATE, SCORES]
+PRESENCE = Presence("alder", "run-1", "n" * 32, 3, 1, 0, {"torch": "2.13"})
+MESSAGES = [Invitation("run-1", "n" * 32), Assignment("run-1", 1, "a" * 64), PRESENCE, UPDATE, SCORES]
 
 
 def over_the_wire(message: object, text: str | None = None) -> Any:
@@ -147,19 +154,16 @@ def test_a_task_asks_for_nothing_but_its_fields(tiny_task) -> None:
         "threads", "contract_version",
     ]  # fmt: skip
     assert [f.name for f in fields(Update)] == [
-        "site", "run", "round", "base_hash", "patients", "steps", "loss", "seconds"
+        "site", "run", "round", "base_hash", "patients", "steps", "loss", "seconds", "delta_hash"
     ]  # fmt: skip
     assert [f.name for f in fields(Scores)] == [
         "site", "run", "round", "model_hash", "patients", "dice", "dice_by_target", "hd95_mm", "hd95_undefined",
         "seconds",
     ]  # fmt: skip
     assert [f.name for f in fields(Presence)] == [
-        "site",
-        "train_patients",
-        "test_patients",
-        "faults",
+        "site", "run", "nonce", "train_patients", "test_patients", "faults", "software", "application", "audit_head",
         "contract_version",
-    ]
+    ]  # fmt: skip
 
 
 SHAPES = st.lists(st.integers(1, 4), max_size=4).map(tuple)
@@ -226,3 +230,51 @@ def test_nothing_is_allocated_by_a_declared_size() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+PUBLIC = KEY.public_key().public_bytes_raw().hex()
+
+
+def signed(name: str = "update", message: object = UPDATE) -> RecordDict:
+    return sign(RecordDict({name: to_wire(message)}), name, KEY.sign)
+
+
+def test_a_signature_holds_for_its_message_alone() -> None:
+    """Good as it is; one character of the text, another kind of message, another key, no signature: refused."""
+    check_signature(signed(), "update", PUBLIC)
+    stranger = Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex()
+    with pytest.raises(ContractError, match="not the enrolled key's"):
+        check_signature(signed(), "update", stranger)
+    content = signed()
+    content["update"] = ConfigRecord(
+        {"json": str(content.config_records["update"]["json"]).replace('"round":1', '"round":2')}
+    )
+    with pytest.raises(ContractError, match="not the enrolled key's"):
+        check_signature(content, "update", PUBLIC)
+    moved = RecordDict({"scores": signed().config_records["update"], SIGNATURE: signed().config_records[SIGNATURE]})
+    with pytest.raises(ContractError, match="not the enrolled key's"):
+        check_signature(moved, "scores", PUBLIC)
+    with pytest.raises(ContractError, match="not signed"):
+        check_signature(RecordDict({"update": to_wire(UPDATE)}), "update", PUBLIC)
+
+
+@pytest.mark.parametrize("value", [b"", b"x" * 64, "text", 7])
+def test_a_signature_that_is_none_is_refused(value) -> None:
+    """Wrong length, wrong type, random bytes."""
+    content = RecordDict({"update": to_wire(UPDATE), SIGNATURE: ConfigRecord({"ed25519": value})})
+    with pytest.raises(ContractError):
+        check_signature(content, "update", PUBLIC)
+
+
+def test_a_virtual_site_signs_nothing() -> None:
+    """Without a key the records stay as they are."""
+    assert set(sign(RecordDict({"update": to_wire(UPDATE)}), "update", None)) == {"update"}
+
+
+def test_another_contract_version_is_told_before_the_keys_it_brings(tiny_task) -> None:
+    """A newer side's unknown fields would otherwise be what is complained about."""
+    for message in (tiny_task, PRESENCE):
+        text = changed(message, contract_version=2, something_new=1)
+        with pytest.raises(IncompatibleVersion, match="contract version 2 meets 1 here"):
+            over_the_wire(message, text)

@@ -6,13 +6,16 @@ import math
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.contract import Presence, Scores, Update, arrays_from_wire, from_wire
+from client.contract import Presence, Scores, Update, arrays_from_wire, check_signature, from_wire
 from client.gate import release_presence, release_scores, release_update
 from medsegdiff.errors import UserError
+from medsegdiff.weights import hash_weights
 
-UPDATE = Update("alder", "run-1", 1, "a" * 64, 3, 2, 0.5, 1.25)
 BASE = {"w": torch.ones(2, 3), "b": torch.ones(3)}
+DELTA_HASH = hash_weights({"w": torch.full((2, 3), 0.5), "b": torch.zeros(3)})
+UPDATE = Update("alder", "run-1", 1, "a" * 64, 3, 2, 0.5, 1.25, DELTA_HASH)
 
 
 def delta(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -37,6 +40,7 @@ def test_a_good_update_passes_with_its_fields_and_nothing_else() -> None:
         ({"w": torch.zeros(2, 3)}, "'b', which is not one"),
         (delta(w=torch.zeros(3, 2)), r"'w' \(\(3, 2\).*Nothing was sent"),
         (delta(w=torch.zeros(2, 3, dtype=torch.float64)), "torch.float64"),
+        (delta(w=torch.zeros(2, 3)), "arrays that changed after training. Nothing was sent"),
     ],
 )
 def test_anything_else_is_stopped(bad, message) -> None:
@@ -47,7 +51,17 @@ def test_anything_else_is_stopped(bad, message) -> None:
 
 def test_counts_and_averages_pass() -> None:
     """Presence and scores leave as one record each."""
-    presence = Presence("alder", 3, 1, 0)
+    presence = Presence("alder", "run-1", "n", 3, 1, 0)
     scores = Scores("alder", "run-1", 1, "a" * 64, 0, None)
     assert from_wire(release_presence(presence), "presence", Presence) == presence
     assert from_wire(release_scores(scores), "scores", Scores) == scores
+
+
+def test_a_real_site_signs_all_it_sends() -> None:
+    """Each of the three kinds bears a signature that its key verifies."""
+    key = Ed25519PrivateKey.generate()
+    public = key.public_key().public_bytes_raw().hex()
+    presence, scores = Presence("alder", "run-1", "n", 3, 1, 0), Scores("alder", "run-1", 1, "a" * 64, 0, None)
+    check_signature(release_update(UPDATE, delta(), BASE, key.sign), "update", public)
+    check_signature(release_presence(presence, key.sign), "presence", public)
+    check_signature(release_scores(scores, key.sign), "scores", public)

@@ -4,25 +4,46 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.contract import RAW, Scores, Update, arrays_to_wire, to_wire
+from client.contract import (
+    RAW,
+    REFUSED,
+    ContractError,
+    Presence,
+    Scores,
+    Update,
+    arrays_to_wire,
+    sign,
+    to_wire,
+)
 from medsegdiff.strict import plain
-from server.screening import Accepted, Expected, Rejection, screen_scores, screen_update
+from medsegdiff.weights import hash_weights
+from server.screening import (
+    Accepted,
+    Expected,
+    Rejection,
+    refusal_of,
+    screen_presence,
+    screen_scores,
+    screen_update,
+)
 
 HASH = "a" * 64
 EXPECTED = Expected("alder", "run-1", 2, HASH, 5, 10, {"w": (2, 3), "b": (3,)}, ("lesion",))
-UPDATE = Update("alder", "run-1", 2, HASH, 8, 5, 0.5, 1.0)
 SCORES = Scores("alder", "run-1", 2, HASH, 2, 0.5, {"lesion": 0.5}, None, 2, 0.1)
 DELTA = {"w": torch.ones(2, 3), "b": torch.zeros(3)}
+UPDATE = Update("alder", "run-1", 2, HASH, 8, 5, 0.5, 1.0, hash_weights(DELTA))
 
 
 def reply(content: RecordDict | Error) -> Message:
@@ -82,7 +103,13 @@ BAD_UPDATES = {
     "too few bytes": (update_reply(changed_arrays(b=raw((3,), bytes(8)))), "8 bytes, 12 are due"),
     "another type": (update_reply(changed_arrays(b=raw((3,), bytes(24), "float64"))), "float64/"),
     "a value that is not finite": (update_reply(changed_arrays(b=raw((3,), NAN))), "1 values that are not finite"),
-    "an error": (reply(Error(100, "the site could not answer")), "a fault (code 100): the site could not answer"),
+    "arrays that were not signed": (update_reply(delta_hash="b" * 64), "not the ones that were signed"),
+    "an error": (reply(Error(2, "it broke")), "a fault (code 2): it broke"),
+    "a refusal": (
+        reply(Error(REFUSED, "outside-hours: <b>")),
+        "a fault (code 100): the site takes part at other hours",
+    ),
+    "a refusal in own words": (reply(Error(REFUSED, "patient Smith")), "its own log says why"),
     "scores instead": (reply(RecordDict({"scores": to_wire(SCORES)})), "holds the records ['scores']"),
     "nothing": (reply(RecordDict()), "holds the records []"),
 }
@@ -187,3 +214,89 @@ def test_a_fault_nobody_thought_of_is_a_rejection_too(monkeypatch, fault) -> Non
     for outcome in (screen_update(update_reply(), EXPECTED), screen_scores(score_reply(), EXPECTED)):
         assert isinstance(outcome, Rejection)
         assert outcome.reason.split(":")[0] in ("MemoryError", "RecursionError", "UnicodeDecodeError", "KeyError")
+
+
+KEY, OTHER = Ed25519PrivateKey.from_private_bytes(bytes(32)), Ed25519PrivateKey.from_private_bytes(b"o" * 32)
+SIGNED = replace(EXPECTED, key=KEY.public_key().public_bytes_raw().hex())
+
+
+def signed_reply(key: Ed25519PrivateKey = KEY, **changes: Any) -> Message:
+    text = json.dumps(plain(UPDATE) | changes)
+    content = RecordDict({"update": ConfigRecord({"json": text}), "delta": arrays_to_wire(DELTA)})
+    return reply(sign(content, "update", key.sign))
+
+
+def test_a_real_site_must_sign() -> None:
+    """The enrolled key's signature passes; none, another site's, or one over other words is rejected by its reason."""
+    assert isinstance(screen_update(signed_reply(), SIGNED), Accepted)
+    assert "holds the records ['delta', 'update'], not" in screen_update(update_reply(), SIGNED).reason
+    assert "not the enrolled key's" in screen_update(signed_reply(OTHER), SIGNED).reason
+    forged = signed_reply()
+    forged.content["update"] = ConfigRecord({"json": json.dumps(plain(UPDATE) | {"patients": 10})})
+    assert "not the enrolled key's" in screen_update(forged, SIGNED).reason
+
+
+def test_nothing_replayed_spoofed_or_swapped_is_accepted() -> None:
+    """A thousand answers of real signers that were given to another question, site, round or with other arrays: none
+    gets in, each for the reason that fits."""
+    rng = np.random.default_rng(0)
+    changes = [
+        ({"round": 1}, "for round"),
+        ({"round": 3}, "for round"),
+        ({"run": "run-0"}, "for run"),
+        ({"site": "birch"}, "for site"),
+        ({"base_hash": "b" * 64}, "for base model"),
+        ({"delta_hash": "c" * 64}, "not the ones that were signed"),
+    ]
+    accepted = 0
+    for _ in range(1000):
+        change, reason = changes[rng.integers(len(changes))]
+        key = OTHER if rng.random() < 0.3 else KEY
+        outcome = screen_update(signed_reply(key, **change), SIGNED)
+        accepted += isinstance(outcome, Accepted)
+        assert (reason if key is KEY else "not the enrolled key's") in outcome.reason
+    assert accepted == 0
+
+
+PRESENCE = Presence("alder", "run-1", "n-1", 3, 1, 0)
+KEYS = {"alder": SIGNED.key, "birch": OTHER.public_key().public_bytes_raw().hex()}
+
+
+def presence_reply(key: Ed25519PrivateKey | None = KEY, **changes: Any) -> Message:
+    text = json.dumps(plain(PRESENCE) | changes)
+    content = RecordDict({"presence": ConfigRecord({"json": text})})
+    return reply(sign(content, "presence", key.sign if key else None))
+
+
+def test_an_introduction_counts_for_its_own_question_and_site() -> None:
+    """Alder's key cannot say it is birch; yesterday's answer, another run's, and an unsigned one do not count."""
+    assert screen_presence(presence_reply(), "run-1", "n-1", KEYS) == PRESENCE
+    for message, reason in (
+        (presence_reply(site="birch"), "not the enrolled key's"),
+        (presence_reply(OTHER), "not the enrolled key's"),
+        (presence_reply(None), "holds the records"),
+        (presence_reply(nonce="n-0"), "answers another question"),
+        (presence_reply(run="run-0"), "answers another question"),
+        (presence_reply(site="mallory"), "'mallory' is not on the roster"),
+        (presence_reply(contract_version=2), "contract version 2 meets 1 here"),
+        (presence_reply(train_patients=-1), "counts must lie in"),
+        (presence_reply(application="x" * 1000), "longer than 128"),
+        (reply(Error(REFUSED, "not-approved: x")), "the run is not approved"),
+    ):
+        with pytest.raises(ContractError) as caught:
+            screen_presence(message, "run-1", "n-1", KEYS)
+        assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Error(REFUSED, "not-approved: what a site says"), "not-approved"),
+        (Error(REFUSED, "made-up"), "fault"),
+        (Error(REFUSED, None), "fault"),
+        (Error(5, "not-approved"), None),
+    ],
+)
+def test_a_refusal_is_one_of_a_closed_set(error, code) -> None:
+    """What a site writes beside the code is not carried on."""
+    assert refusal_of(reply(error)) == code

@@ -72,7 +72,7 @@ def test_the_order_of_the_sites_changes_no_bit(make_run) -> None:
 
 
 BAD = {
-    "an error": (lambda content: Error(100, "no"), "a fault (code 100): no"),
+    "an error": (lambda content: Error(100, "no"), "a fault (code 100): the site could not answer"),
     "another round": (say(round=7), "for round '7'"),
     "too many patients": (say(patients=3), "claims 3 training patients, 2 are enrolled"),
     "NaN": (put(math.nan), "not finite"),
@@ -160,24 +160,6 @@ def test_strangers_and_doubles_have_no_say(make_run) -> None:
     assert_close(final(folder), by_hand(plan_of(folder), [ALL]))
 
 
-def test_a_second_reply_and_one_from_an_unknown_node_are_not_folded(make_run) -> None:
-    """The same update twice counts once; a node that was never asked counts not at all."""
-    folder = make_run(task={"rounds": 1})
-    plan = plan_of(folder)
-    strategy = FederatedAveraging(plan, CheckpointStore(folder / "checkpoints"), Journal(folder / "journal.jsonl"))
-    strategy._restore(arrays_to_wire(initial_weights(plan.task.model, plan.task.seed)))
-    strategy._sites = dict(zip((1000, 1001, 1002), plan.roster, strict=True))
-    from simulations.inline import InlineGrid
-
-    grid = InlineGrid(FakeSites(plan), 3)  # type: ignore[arg-type]
-    replies = list(grid.send_and_receive(strategy.configure_train(1, None, None, grid)))
-    stranger = next(iter(grid.send_and_receive(strategy.configure_train(1, None, None, grid))))
-    stranger.metadata.__dict__["_src_node_id"] = 4711
-    strategy.aggregate_train(1, [*replies, replies[0], stranger, replies[2]])
-    assert_close(strategy.weights, by_hand(plan, [ALL]))
-    assert len(events(folder, "stranger")) == 3
-
-
 def test_hostile_scores_do_not_end_the_run(make_run) -> None:
     """Scores of a target that does not exist are left out by name; the others' are kept."""
 
@@ -210,7 +192,8 @@ def test_a_run_goes_on_after_damage(make_run, damage) -> None:
     if damage == "journal":
         journal = folder / "journal.jsonl"
         lines = journal.read_bytes().split(b"\n")
-        journal.write_bytes(b"\n".join(lines[:3]) + b"\n" + lines[3][:20])  # the last round was never told
+        last = next(n for n, line in enumerate(lines) if b'"event": "round"' in line and b'"round": 2' in line)
+        journal.write_bytes(b"\n".join(lines[:last]) + b"\n" + lines[last][:20])  # the last round was never told
     if damage == "checkpoint":
         newest = max((folder / "checkpoints").iterdir())
         newest.write_bytes(newest.read_bytes()[:-1])

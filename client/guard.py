@@ -1,0 +1,173 @@
+"""What stands between a real site and the federation: policy, approvals, signatures, outbox and audit log.
+
+Every request passes `admit` before any data is touched, and everything that leaves is signed and written to the audit log.
+Virtual sites, which have no keys, have no guard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import RecordDict
+from torch import Tensor
+
+from client.application import application_hash
+from client.approvals import task_hash
+from client.contract import Assignment, Presence, Scores, TrainTask, Update
+from client.keys import SiteKeys
+from client.outbox import Outbox
+from client.policy import check_policy
+from client.refusal import Refusal
+from client.site import Site, SiteConfig
+from medsegdiff.chained_log import ChainedLog
+from medsegdiff.errors import UserError
+
+AUDIT = "audit.jsonl"
+
+
+class Guard:
+    """One real site's guard.
+
+    Args:
+        folder: the site's folder, which holds site.yaml.
+
+    Raises:
+        UserError: the keys are missing, damaged or readable by others, or no kit is installed.
+    """
+
+    def __init__(self, folder: Path, config: SiteConfig) -> None:
+        assert config.keys is not None, "virtual sites have no guard"
+        self.folder = folder
+        self.policy = config.policy
+        self.keys = SiteKeys.load(folder / config.keys)
+        self.audit = ChainedLog(folder / AUDIT)
+        self.outbox = Outbox(folder / "outbox")
+        self.application = application_hash()  # of what this process has loaded
+        if self.keys.membership().site != config.name:
+            raise UserError(
+                f"{folder / 'site.yaml'}: is named '{config.name}', its keys belong to '{self.keys.membership().site}'. "
+                "Put the enrolled name back."
+            )
+        self._told: dict[str, str] = {}  # run -> code of the refusal that the audit log knows
+
+    def sign(self, message: bytes) -> bytes:
+        """Signature of the site over what leaves."""
+        return self.keys.sign(message)
+
+    def start_logging(self) -> None:
+        """Send this process's log to the site's folder, scrubbed of everything that could name a patient."""
+        from client.scrub import federation_logging
+
+        federation_logging(self.folder, self.keys)
+
+    def admit(
+        self,
+        task: TrainTask,
+        run: str,
+        round_: int | None = None,
+        train_patients: int | None = None,
+        trains: bool = False,
+    ) -> None:
+        """Let a request pass, or refuse it.
+
+        Args:
+            round_: asked for; None where the request is not about one.
+            train_patients: of the site's data, once it is known.
+            trains: whether it asks for a new training; more of them than the run has rounds are refused.
+
+        Raises:
+            Refusal: the policy or the missing approval forbids it; told once a run in the audit log.
+        """
+        try:
+            if application_hash() != self.application:
+                raise Refusal(
+                    "application-changed",
+                    "the installed program was changed while it ran. Start the site anew; it will run under the new hash.",
+                )
+            check_policy(
+                self.policy,
+                task,
+                run,
+                round_,
+                train_patients,
+                application=self.application,
+                keys=self.keys,
+                folder=self.folder,
+                trainings=self.outbox.trainings(run) if round_ is not None and trains else 0,
+            )
+        except Refusal as refusal:
+            if self._told.get(run) != refusal.code:
+                self._told[run] = refusal.code
+                self._note("refused", run, task, round=round_, decision=refusal.code)
+            raise
+        self._told.pop(run, None)
+
+    def introduce(self, presence: Presence, task: TrainTask) -> Presence:
+        """The site's introduction, with what proves what runs here. Raises Refusal for too few patients."""
+        self.admit(task, presence.run, train_patients=presence.train_patients)
+        self._note("introduced", presence.run, task, patients=presence.train_patients, decision="answered")
+        return replace(presence, application=self.application, audit_head=self.audit.head)
+
+    def kept(self, assignment: Assignment) -> RecordDict | None:
+        """The answer that was given, or was about to be given, to this very question; None: it is to be worked out.
+
+        Raises:
+            Refusal: the round was trained from another model; a second answer would be a second training.
+        """
+        self.committed(assignment.run, assignment.round - 1)
+        found = self.outbox.find(assignment)
+        if found is None:
+            return None
+        update, content = found
+        if update.base_hash != assignment.model_hash:
+            raise Refusal(
+                "base-changed", f"round {assignment.round} was trained from another model; it is not repeated."
+            )
+        self.audit.append("repeated", run=assignment.run, round=assignment.round, delta=update.delta_hash)
+        return content
+
+    def keep(self, update: Update, delta: dict[str, Tensor], content: RecordDict, task: TrainTask) -> None:
+        """Write an update to the outbox and the audit log; only then may it leave."""
+        self.outbox.keep(update, delta, content)
+        self._note(
+            "update",
+            update.run,
+            task,
+            round=update.round,
+            patients=update.patients,
+            base=update.base_hash,
+            delta=update.delta_hash,
+            decision="sent",
+        )
+
+    def committed(self, run: str, round_: int) -> None:
+        """The server has shown that it committed all rounds up to this one."""
+        self.outbox.forget(run, round_)
+
+    def note_scores(self, scores: Scores, task: TrainTask) -> None:
+        """Write to the audit log that averages over held-out patients leave."""
+        self._note(
+            "scores", scores.run, task, round=scores.round, patients=scores.patients, model=scores.model_hash, decision="sent"
+        )
+
+    def _note(self, event: str, run: str, task: TrainTask, **fields: object) -> None:
+        self.audit.append(
+            event,
+            run=run,
+            config=task_hash(task),
+            application=self.application,
+            key=self.keys.signing_public,
+            **fields,
+        )
+
+
+@lru_cache(maxsize=64)
+def _guard(folder: Path, config: SiteConfig) -> Guard:
+    return Guard(folder, config)
+
+
+def guard_of(site: Site) -> Guard | None:
+    """The guard of a real site, made once a process; None for a virtual one."""
+    return _guard(site.path.parent, site.config) if site.config.keys is not None else None

@@ -1,0 +1,86 @@
+"""Signed updates of a site that the server has not committed yet.
+
+An update is written here before it leaves. Until the server has committed the round, a repeated request for it is answered
+with the same bytes: no second training, and under privacy no second epsilon. That the round was committed shows in the
+next request: training for round r proves r - 1, scoring round r proves r.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from flwr.app import ConfigRecord, RecordDict
+from safetensors.torch import save
+from torch import Tensor
+
+from client.contract import SIGNATURE, Assignment, Update, arrays_to_wire, from_wire
+from medsegdiff.errors import UserError
+from medsegdiff.files import write_atomic
+from medsegdiff.weights import hash_weights, read_tensors
+
+log = logging.getLogger("medsegfed.site")
+
+
+class Outbox:
+    """One file a round: `folder`/RUN/round-NNNNNN.safetensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def keep(self, update: Update, delta: dict[str, Tensor], content: RecordDict) -> None:
+        """Write an update down before it is sent. Raises UserError when the disk refuses: then nothing may be sent."""
+        metadata = {
+            "update": str(content.config_records["update"]["json"]),
+            "signature": bytes(content.config_records[SIGNATURE]["ed25519"]).hex(),  # type: ignore[arg-type]
+        }
+        data = save({name: value.contiguous() for name, value in delta.items()}, metadata=metadata)
+        write_atomic(self._path(update.run, update.round), data)
+        self._count(update.run)
+
+    def find(self, assignment: Assignment) -> tuple[Update, RecordDict] | None:
+        """The update of a round, as it was or would have been sent; None where there is none, or its file is damaged."""
+        path = self._path(assignment.run, assignment.round)
+        if not path.exists():
+            return None
+        try:
+            delta, metadata = read_tensors(path)
+            content = RecordDict(
+                {
+                    "update": ConfigRecord({"json": metadata["update"]}),
+                    "delta": arrays_to_wire(delta),
+                    SIGNATURE: ConfigRecord({"ed25519": bytes.fromhex(metadata["signature"])}),
+                }
+            )
+            update = from_wire(content, "update", Update)
+            if update.delta_hash != hash_weights(delta):
+                raise UserError("its arrays do not have the hash that was signed")
+        except (UserError, KeyError, ValueError) as error:
+            log.error("round %d: the kept update is damaged (%s); the round is trained anew", assignment.round, error)
+            return None
+        return update, content
+
+    def trainings(self, run: str) -> int:
+        """How often the site has trained for a run; every update that was kept counts."""
+        path = self.folder / run / "trainings"
+        try:
+            return int(path.read_text())
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: the count of trainings cannot be read ({error}); nothing is trained. Write into it the number "
+                f"of 'update' lines that the audit log has for {run}."
+            ) from error
+
+    def _count(self, run: str) -> None:
+        write_atomic(self.folder / run / "trainings", str(self.trainings(run) + 1).encode())
+
+    def forget(self, run: str, through: int) -> None:
+        """Delete the updates of rounds up to `through`: the server has committed them."""
+        for path in sorted((self.folder / run).glob("round-*.safetensors")):
+            if int(path.stem.removeprefix("round-")) <= through:
+                path.unlink(missing_ok=True)
+
+    def _path(self, run: str, round_: int) -> Path:
+        return self.folder / run / f"round-{round_:06d}.safetensors"

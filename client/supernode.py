@@ -1,0 +1,81 @@
+"""flower-supernode with the site's client certificate: the process that calls out, and the only one.
+
+Flower has no flag for a client certificate. Started through this launcher, its one connection to the federation is
+mutual TLS 1.3 pinned to the federation's own CA; HTTPS_PROXY (HTTP CONNECT) works as usual, redirects are not followed.
+The certificate is read again when its file changes, so that a renewal costs no round.
+
+Stands on flwr 1.41's `FleetHttpClient.from_server_address`; the version is pinned exactly, and the end-to-end tests would
+fail without the certificate.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+from flwr.supernode import fleet_http_connection
+from flwr.supernode.fleet_http_client import FleetHttpClient
+
+CERTIFICATE = "MEDSEGFED_CERTIFICATE"  # environment: PEM file with the site's TLS key and certificate
+LOOK_SECONDS = 2.0  # between looks whether the certificate was renewed
+
+
+def client_context(ca: str, certificate: Path) -> ssl.SSLContext:
+    """TLS 1.3 towards the federation: its CA alone is trusted, host names are checked, the site shows its certificate.
+
+    Args:
+        ca: the federation's CA certificate, PEM text.
+        certificate: PEM file with key and certificate.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cadata=ca)
+    context.load_cert_chain(certificate)
+    return context
+
+
+class CertifiedFleetClient(FleetHttpClient):
+    """Flower's fleet client over mutual TLS."""
+
+    @classmethod
+    def from_server_address(
+        cls, server_address: str, insecure: bool, root_certificates: bytes | str | None, *args: Any, **kwargs: Any
+    ) -> Self:
+        """As Flower's, with the certificate of MEDSEGFED_CERTIFICATE; a plaintext connection is refused."""
+        interceptors = args[0] if args else kwargs.pop("interceptors")
+        if insecure or not isinstance(root_certificates, bytes):
+            raise SystemExit("the federation is reached over TLS with its own CA (--root-certificates) only")
+        path = Path(os.environ[CERTIFICATE])
+        context = client_context(root_certificates.decode("ascii"), path)
+        client = cls(f"https://{server_address}", interceptors=interceptors, verify=context, **kwargs)
+        client._client.follow_redirects = False  # the server that was verified is the one that is spoken to
+        threading.Thread(target=_follow, args=(path, context), name="certificate", daemon=True).start()
+        return client
+
+
+def _follow(path: Path, context: ssl.SSLContext) -> None:
+    """Give new connections the renewed certificate; those that stand keep the one they began with."""
+    wake, seen = threading.Event(), path.stat().st_mtime_ns
+    while not wake.wait(LOOK_SECONDS):
+        try:
+            stamp = path.stat().st_mtime_ns
+            if stamp != seen:
+                context.load_cert_chain(path)
+                seen = stamp
+        except (OSError, ssl.SSLError):
+            continue  # replaced this very moment, or damaged: the loaded one goes on, doctor names the damage
+
+
+def main() -> None:
+    """Start flower-supernode; its arguments are Flower's."""
+    from flwr.supernode.cli.flower_supernode import flower_supernode
+
+    setattr(fleet_http_connection, "FleetHttpClient", CertifiedFleetClient)  # noqa: B010 - a name of Flower's own
+    flower_supernode()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Keeps a federation's run going: registers the members at the SuperLink and has the run at hand carried out.
+
+One look every two seconds compares what should be with what is, and mends the difference. So a run that was queued starts, a
+SuperLink that came back without its memory is told everything anew, and a ServerApp that died is started again from the
+last committed round - all by the same few lines.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from deploy.control import Control
+from deploy.federation import Federation
+from deploy.runs import STOP, next_run, wanted
+from medsegdiff.errors import UserError
+
+log = logging.getLogger("medsegfed.supervisor")
+
+LOOK_SECONDS = 2.0
+AGAIN_SECONDS = 3.0  # between a ServerApp's death and its next start; doubled up to
+LONGEST_SECONDS = 60.0
+STOP_SECONDS = 30.0  # a ServerApp that was asked to stop and has not: Flower ends it
+
+Events = Callable[[str, dict[str, Any]], None]
+
+
+class RunKeeper:
+    """Looks after the SuperLink's members and the run at hand.
+
+    Args:
+        connect: a new connection to the SuperLink's Control API.
+        members_changed: told when the set of admitted sites changed (the gateway has to know).
+        events: told what happens, as the supervisor's.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        connect: Callable[[], Control],
+        members_changed: Callable[[], None],
+        events: Events,
+    ) -> None:
+        self.federation, self.connect, self.members_changed, self.tell = federation, connect, members_changed, events
+        self._admitted: dict[str, str] | None = None
+        self._run: tuple[Path, int] | None = None  # folder, Flower's id
+        self._not_before = 0.0
+        self._pause = AGAIN_SECONDS
+        self._stop = threading.Event()
+        self._trouble = ""
+
+    def start(self) -> threading.Thread:
+        """Look after it in a thread until `stop`."""
+        thread = threading.Thread(target=self._serve, name="keeper", daemon=True)
+        thread.start()
+        return thread
+
+    def stop(self) -> None:
+        """End the thread at its next look."""
+        self._stop.set()
+
+    def _serve(self) -> None:
+        while not self._stop.wait(LOOK_SECONDS):
+            try:
+                self.look()
+                self._trouble = ""
+            except httpx.HTTPError:
+                continue  # the SuperLink is not there; the supervisor starts it again
+            except (UserError, OSError) as error:
+                if str(error) != self._trouble:  # once, not at every look
+                    self._trouble = str(error)
+                    self.tell("trouble", {"reason": self._trouble})
+
+    def look(self) -> None:
+        """Compare what should be with what is, and mend the difference."""
+        admitted = {s: m.node_key for s, m in self.federation.members().items() if m.status == "admitted"}
+        if admitted != self._admitted:
+            if self._admitted is not None:
+                self.members_changed()
+            self._admitted = admitted
+        with self.connect() as control:
+            added, removed = control.register(admitted)
+            if added or removed:
+                self.tell("nodes", {"added": added, "removed": removed})
+            self._look_at_run(control)
+
+    def _look_at_run(self, control: Control) -> None:
+        if self._run is not None and self._is_over(control, *self._run):
+            self._run = None
+        if self._run is None and time.monotonic() >= self._not_before:
+            folder = next_run(self.federation.runs)
+            if folder is not None:
+                run_id = control.start(folder)
+                self._run = (folder, run_id)
+                self.tell("run_started", {"run": folder.name, "flower_run": run_id})
+
+    def _is_over(self, control: Control, folder: Path, run_id: int) -> bool:
+        """Whether Flower's run has ended. One that died is started again, after a pause that grows while it keeps dying."""
+        found = control.run(run_id)
+        going_on = wanted(folder)
+        if found is not None and found.status != "finished":
+            if _asked_to_stop(folder) > STOP_SECONDS:
+                control.stop(run_id)
+                self.tell("run_ended_by_force", {"run": folder.name})
+            return False
+        if going_on:
+            reason = "the SuperLink was started anew" if found is None else f"its ServerApp ended: {found.detail[:200]}"
+            self._not_before = time.monotonic() + (0.0 if found is None else self._pause)
+            self._pause = min(LONGEST_SECONDS, 2 * self._pause)
+            self.tell("run_lost", {"run": folder.name, "reason": reason})
+        else:
+            self._pause = AGAIN_SECONDS
+            self.tell("run_ended", {"run": folder.name})
+        return True
+
+
+def _asked_to_stop(folder: Path) -> float:
+    """Seconds since the coordinator asked for the run's end; 0 when nobody did."""
+    try:
+        return time.time() - (folder / STOP).stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,66 @@
+"""What the processes of both ends have in common: environment, shared secret, free ports, readiness."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import ssl
+import sys
+import urllib.request
+from pathlib import Path
+
+from medsegdiff.files import write_atomic
+
+LOOPBACK = "127.0.0.1"
+
+
+def environment(flower_home: Path, **more: str) -> dict[str, str]:
+    """The environment of Flower's processes: nothing is told to its vendor, loopback goes through no proxy."""
+    flower_home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    bypass = [name for name in os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")).split(",") if name]
+    bypass += [name for name in (LOOPBACK, "localhost") if name not in bypass]
+    own = str(Path(sys.executable).parent)  # flwr-serverapp is looked for on PATH
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([own, os.environ.get("PATH", os.defpath)]),
+        "NO_PROXY": ",".join(bypass),
+        "no_proxy": ",".join(bypass),
+        "FLWR_HOME": str(flower_home.resolve()),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+        **more,
+    }
+
+
+def shared_secret(path: Path) -> Path:
+    """A file with a random secret that two processes of this machine share; made at the first call."""
+    if not path.exists():
+        write_atomic(path, secrets.token_bytes(32), 0o600)
+    return path
+
+
+def free_ports(count: int) -> list[int]:
+    """Loopback ports that are free at this moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for held in sockets:
+            held.bind((LOOPBACK, 0))
+        return [held.getsockname()[1] for held in sockets]
+    finally:
+        for held in sockets:
+            held.close()
+
+
+def answers_https(port: int, ca_file: Path) -> bool:
+    """Whether a server of the federation answers on this loopback port."""
+    context = ssl.create_default_context(cafile=str(ca_file))
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    )
+    try:
+        with opener.open(f"https://{LOOPBACK}:{port}/health", timeout=3) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False

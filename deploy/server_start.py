@@ -1,0 +1,218 @@
+"""`medsegfed server start`: the coordinator's long-running end.
+
+    superlink   Flower's SuperLink with the guard, on loopback; state in memory, committed rounds in the run folders
+    superexec   starts the ServerApp of the run at hand
+    gateway     nginx, the only public port
+
+In this process: the keeper (members, runs), renewals, metrics and the health service, on loopback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from client.certificates import node_key_header
+from deploy.child import Child
+from deploy.control import Control
+from deploy.federation import Federation, open_federation
+from deploy.gateway import (
+    CUT_SECONDS,
+    gateway_child,
+    install_config,
+    reload,
+    render_nginx,
+    require_programs,
+    worker_user,
+)
+from deploy.health import HealthServer, probe
+from deploy.keeper import RunKeeper
+from deploy.metrics import serve_metrics
+from deploy.processes import LOOPBACK, answers_https, environment, shared_secret
+from deploy.renewal_service import serve_renewals
+from deploy.supervisor import Supervisor
+from medsegdiff.errors import UserError
+from server.journal import Journal
+
+log = logging.getLogger("medsegfed.supervisor")
+
+MEMORY_MIB = 16_384  # of the SuperLink: an authenticated site can fill it in steps of 8 MiB; beyond it is started anew
+UNHURRIED_SECONDS = 200.0  # for uploads under way when the gateway is reloaded and nobody was revoked
+LOOK_SECONDS = 5.0  # between looks whether the server's certificate was renewed
+
+Events = Callable[[str, dict[str, Any]], None]
+
+
+class Server:
+    """All parts of one federation's server."""
+
+    def __init__(self, federation: Federation, events: Events) -> None:
+        self.federation = federation
+        self.state = federation.state.absolute()
+        self.tell = events
+        self.nginx = require_programs()
+        self.renewal_secret = secrets.token_hex(32)
+        self.config = self._configure()
+        self.supervisor = Supervisor(self._children(), events, state=self.state)
+        self._revoked = self._out()
+        self._lock = threading.Lock()  # the keeper and the watch over the certificate may reload at once
+
+    def _children(self) -> list[Child]:
+        federation, ports = self.federation, self.federation.ports
+        secret = shared_secret(self.state / "superexec.secret").resolve()
+        env = environment(self.state / "flower", MEDSEGFED_FEDERATION=str(federation.folder.resolve()))
+        for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            env.pop(name, None)  # the server calls nobody but itself
+        link = f"{LOOPBACK}:{ports.superlink}"
+        superlink = Child(
+            name="superlink",
+            command=(
+                sys.executable, "-m", "deploy.superlink",
+                "--host", LOOPBACK,
+                "--port", str(ports.superlink),
+                "--ssl-ca-certfile", str(federation.ca_crt.resolve()),
+                "--ssl-certfile", str(federation.server_crt.resolve()),
+                "--ssl-keyfile", str(federation.server_key.resolve()),
+                "--enable-supernode-auth",
+                "--isolation", "process",
+                "--superexec-auth-secret-file", str(secret),
+                "--disable-runtime-dependency-installation",
+                "--health-server-address", f"{LOOPBACK}:{ports.superlink_health}",
+            ),
+            log=self.state / "logs" / "superlink.log",
+            env=env,
+            ready=lambda: probe(f"{LOOPBACK}:{ports.superlink_health}")
+            and answers_https(ports.superlink, federation.ca_crt),
+            health=lambda: probe(f"{LOOPBACK}:{ports.superlink_health}"),
+            restart_with=("superexec",),
+            memory_mib=MEMORY_MIB,
+        )  # fmt: skip
+        superexec = Child(
+            name="superexec",
+            command=(
+                str(Path(sys.executable).parent / "flower-superexec"),
+                "--runtime-api-address", link,
+                "--root-certificates", str(federation.ca_crt.resolve()),
+                "--superexec-auth-secret-file", str(secret),
+                "--health-server-address", f"{LOOPBACK}:{ports.superexec_health}",
+            ),
+            log=self.state / "logs" / "superexec.log",
+            env=env,
+            ready=lambda: probe(f"{LOOPBACK}:{ports.superexec_health}"),
+            health=lambda: probe(f"{LOOPBACK}:{ports.superexec_health}"),
+            after=("superlink",),
+        )  # fmt: skip
+        gateway = gateway_child(
+            self.nginx, self.config, federation.config.port, federation.ca_crt, after=("superlink",)
+        )
+        return [superlink, superexec, gateway]
+
+    def _configure(self) -> Path:
+        """Write the gateway's configuration for the members of this moment; nginx has accepted it then."""
+        federation, config = self.federation, self.federation.config
+        admitted = {s: m.node_key for s, m in federation.members().items() if m.status == "admitted"}
+        text = render_nginx(
+            state=self.state,
+            federation=federation.name,
+            node_keys={site: node_key_header(key) for site, key in admitted.items()},
+            port=config.port,
+            superlink_port=federation.ports.superlink,
+            renewal_port=federation.ports.renewal,
+            renewal_secret=self.renewal_secret,
+            ca=federation.ca_crt.absolute(),
+            crl=federation.ca_crl.absolute(),
+            certificate=federation.server_crt.absolute(),
+            key=federation.server_key.absolute(),
+            body_mib=config.limits.body_mib,
+            connections_per_site=config.limits.connections_per_site,
+            requests_per_second=config.limits.requests_per_second,
+            user=worker_user(),
+        )
+        return install_config(self.state, text)
+
+    def _out(self) -> set[str]:
+        return {site for site, member in self.federation.members().items() if member.status != "admitted"}
+
+    def apply(self) -> None:
+        """Have the gateway take up members, revocation list and certificate as they are now."""
+        with self._lock:
+            self._configure()
+            out = self._out()
+            hurry, self._revoked = bool(out - self._revoked), out
+            pid = self.supervisor.status()["gateway"]["pid"]
+            if pid is not None:
+                reload(self.config, pid, CUT_SECONDS if hurry else UNHURRIED_SECONDS)
+        self.tell("gateway_reloaded", {"revoked": sorted(out)} if hurry else {})
+
+    def connect(self) -> Control:
+        return Control(f"{LOOPBACK}:{self.federation.ports.superlink}", self.federation.ca_crt)
+
+    def well(self) -> dict[str, bool]:
+        """By service: does it run and answer? For the health service."""
+        return {name: bool(child["healthy"]) for name, child in self.supervisor.status().items()}
+
+    @contextlib.contextmanager
+    def helpers(self) -> Iterator[None]:
+        """What runs beside the children, in threads of this process."""
+        ports = self.federation.ports
+        keeper = RunKeeper(self.federation, self.connect, self.apply, self.tell)
+        stop = threading.Event()
+        with contextlib.ExitStack() as stack:
+            try:
+                renewals = serve_renewals(self.federation, ports.renewal, self.renewal_secret)
+                stack.callback(renewals.shutdown)
+                stack.callback(serve_metrics(self.federation.folder, LOOPBACK, ports.metrics))
+                health = HealthServer(f"{LOOPBACK}:{ports.health}", self.well)
+                stack.callback(health.stop)
+            except OSError as error:
+                raise UserError(
+                    f"a loopback port of {ports.renewal}..{ports.health} is taken ({error.strerror or error}). End the "
+                    f"program that holds it, or change internal_port in {self.federation.config_file}."
+                ) from error
+            keeper.start()
+            stack.callback(keeper.stop)
+            threading.Thread(target=self._follow_certificate, args=(stop,), name="certificate", daemon=True).start()
+            stack.callback(stop.set)
+            yield
+
+    def _follow_certificate(self, stop: threading.Event) -> None:
+        """`medsegfed renew` replaces the server's certificate; the gateway takes it up, and the SuperLink at its next start."""
+        seen = self.federation.server_crt.stat().st_mtime_ns
+        while not stop.wait(LOOK_SECONDS):
+            try:
+                stamp = self.federation.server_crt.stat().st_mtime_ns
+                if stamp != seen:
+                    seen = stamp
+                    self.apply()
+            except (UserError, OSError) as error:
+                self.tell("trouble", {"reason": str(error)})
+
+
+def start_server(folder: Path, events: Events) -> None:
+    """Run a federation's server until SIGTERM or SIGINT.
+
+    Args:
+        events: told what happens, beside the journal in state/supervisor.jsonl.
+
+    Raises:
+        UserError: no federation, a missing program, a port that is taken, or another process runs this federation.
+    """
+    federation = open_federation(folder.resolve())
+    federation.state.mkdir(mode=0o700, exist_ok=True)
+    journal = Journal(federation.state / "supervisor.jsonl")
+    lock = threading.Lock()
+
+    def tell(event: str, facts: dict[str, Any]) -> None:
+        with lock:
+            journal.append(event, **facts)
+        events(event, facts)
+
+    server = Server(federation, tell)
+    with server.helpers():
+        server.supervisor.run()

@@ -1,0 +1,305 @@
+"""Questions to sites and their replies, one at a time, over Flower's grid.
+
+Flower's own loop keeps every reply of a round in memory, waits for ever for absent nodes and asks nobody twice. Here a
+reply is pulled, handed on and freed; a site that joins late, lost its line or restarted is asked again within the round; a
+site that refuses is asked again after a while. In a simulation (a grid whose nodes are always there) nothing is waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+
+from client.contract import ContractError, Invitation, Presence, to_wire
+from server.config import RunPlan
+from server.journal import Journal
+from server.membership import Membership
+from server.screening import refusal_of, screen_presence, short_reason
+
+log = logging.getLogger("medsegfed.server")
+
+POLL_SECONDS = 0.2  # between looks for replies when none came; Flower's default of 3 s dominates short rounds
+LOOK_SECONDS = 2.0  # between looks who is online, who was revoked, whether the run is to stop
+RETRY_SECONDS = 10.0  # until a site that refused is asked again: a data officer may have approved in the meantime
+LOST = (
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+)  # Flower's own answers for a node that lost its line or its process
+
+Records = dict[str, ArrayRecord | ConfigRecord | MetricRecord]
+
+
+class RunStopped(Exception):
+    """The coordinator stopped the run."""
+
+
+@dataclass
+class _Question:
+    """What one node was asked, until it has answered."""
+
+    site: str | None  # None: "who is there?"
+    activation: str  # of the node when it was asked
+    nonce: str = ""
+
+
+@dataclass
+class _Round:
+    """Who has answered one round's question, and who must be left alone for a while."""
+
+    kind: str
+    records: Records
+    group: str
+    answered: set[str] = field(default_factory=set)
+    not_before: dict[str, float] = field(default_factory=dict)  # site -> earliest next question
+
+
+class Exchange:
+    """Conversations of one run with its sites.
+
+    Args:
+        grid: Flower's; `get_nodes`, where it has one, tells who is online under which name.
+        plan: names the roster and the task.
+        journal: is told who came, who refused and what is waited for.
+        membership: a real federation's members; None in a simulation.
+        stopped: asked every two seconds; True ends the conversation with `RunStopped`.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        plan: RunPlan,
+        journal: Journal,
+        membership: Membership | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.grid, self.plan, self.journal, self.membership, self.stopped = grid, plan, journal, membership, stopped
+        self.patient = membership is not None  # a real network: sites come late and come back
+        self.sites: dict[int, str] = {}  # node -> site, once it has introduced itself
+        self.refused: dict[str, str] = {}  # site (or node) -> code of its last refusal
+        self._pending: dict[str, tuple[int, _Question]] = {}  # message id -> node, question
+        self._online: dict[int, tuple[str, str]] = {}  # node -> name it is registered by, activation
+        self._looked = -LOOK_SECONDS
+        self._retry: dict[int, float] = {}  # node -> earliest next introduction
+        self._keys: dict[str, str | None] = dict.fromkeys(plan.roster)
+
+    def key_of(self, site: str) -> str | None:
+        """The site's enrolled signing key (hex); None for a virtual site."""
+        return self._keys.get(site)
+
+    def is_member(self, site: str) -> bool:
+        """Whether the site's answers count at this moment; a revocation takes effect here within a look."""
+        return site in self._keys
+
+    def ask(
+        self, kind: str, round_: int, records: Records, met: Callable[[], bool], absence_seconds: float
+    ) -> Iterator[tuple[str, Message]]:
+        """Ask every site of the roster and yield (site, reply) as they come.
+
+        Ends when all members have answered; or when `met()` and the deadline has passed; or when `met()`, nobody online
+        owes an answer and the others had `absence_seconds` to come back. Short of that a simulation ends as soon as
+        nobody owes an answer; a real federation says that it waits, and goes on when sites return.
+
+        Args:
+            kind: MessageType.TRAIN or EVALUATE.
+            records: what is sent beside the task, the same to all.
+            met: whether the replies so far suffice.
+
+        Raises:
+            RunStopped: the coordinator wants the run to end.
+        """
+        question = _Round(kind, records, str(round_))
+        started = quiet_since = time.monotonic()
+        paused = False
+        while True:
+            self._look()
+            self._send(question)
+            came = False
+            for site, reply in self._pull(question):
+                came = True
+                if site is not None:
+                    yield site, reply
+            missing = [site for site in self.plan.roster if self.is_member(site) and site not in question.answered]
+            now = time.monotonic()
+            late = now - started > self.plan.deadline_seconds
+            if came or self._pending:
+                quiet_since = now
+            if not missing or (met() and (late or now - quiet_since > absence_seconds)):
+                break
+            if not self.patient and (late or (self._online and not self._pending and not came)):
+                break
+            if self.patient and not paused and not met() and (late or now - quiet_since > absence_seconds):
+                paused = self._tell_pause(round_, missing)
+            if not came:
+                time.sleep(POLL_SECONDS)
+        if paused:
+            self.journal.append("resumed", round=round_)
+        self._pending = {i: (n, q) for i, (n, q) in self._pending.items() if q.site is None}
+
+    # --- who is there -------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Every two seconds: stop? revoked? who is online?"""
+        if self._online and time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        if self.stopped():
+            raise RunStopped
+        if self.membership is not None:
+            active = self.membership.active()
+            gone = [site for site in self._keys if site not in active]
+            for site in gone:
+                self._leave(site)
+            self._keys = {site: active[site].signing_key for site in self.plan.roster if site in active}
+        self._online = self._nodes()
+        self._looked = time.monotonic()
+
+    def _nodes(self) -> dict[int, tuple[str, str]]:
+        if self.patient:
+            nodes = self.grid.get_nodes()  # Flower's HttpGrid
+            return {node.node_id: (node.name, node.last_activated_at) for node in nodes if node.name in self._keys}
+        return dict.fromkeys(self.grid.get_node_ids(), ("", ""))
+
+    def _leave(self, site: str) -> None:
+        """A site that was revoked or suspended: nothing of it counts from now on."""
+        log.warning("%s is no member any more; its answers do not count", site)
+        self.journal.append("left", site=site)
+        self.sites = {node: name for node, name in self.sites.items() if name != site}
+        self._pending = {i: (n, q) for i, (n, q) in self._pending.items() if q.site != site}
+
+    def _tell_pause(self, round_: int, waiting_for: list[str]) -> bool:
+        reasons = {site: self.refused.get(site, "absent") for site in waiting_for}
+        log.warning(
+            "round %d waits: below the quorum of %d without %s. It goes on when they return; `medsegfed stop` ends it.",
+            round_,
+            self.plan.required,
+            ", ".join(f"{site} ({reason})" for site, reason in reasons.items()),
+        )
+        self.journal.append("paused", round=round_, need=self.plan.required, absent=reasons)
+        return True
+
+    # --- questions and replies ----------------------------------------------------------------------------------------
+
+    def _send(self, round_state: _Round) -> None:
+        """Introductions to strangers, the round's question to every site that owes an answer and has not been asked."""
+        now = time.monotonic()
+        asked = {(node, q.site is None, q.activation) for node, q in self._pending.values()}
+        messages: list[tuple[Message, _Question]] = []
+        task = to_wire(self.plan.task)
+        for node, (_, activation) in self._online.items():
+            site = self.sites.get(node)
+            if site is None:
+                if (node, True, activation) not in asked and now >= self._retry.get(node, 0.0):
+                    nonce = secrets.token_hex(16)
+                    content = RecordDict({"task": task, "invitation": to_wire(Invitation(self.plan.run_id, nonce))})
+                    messages.append((Message(content, node, MessageType.QUERY), _Question(None, activation, nonce)))
+            elif (
+                self.is_member(site)
+                and site not in round_state.answered
+                and (node, False, activation) not in asked
+                and now >= round_state.not_before.get(site, 0.0)
+            ):
+                content = RecordDict({"task": task, **round_state.records})
+                message = Message(content, node, round_state.kind, group_id=round_state.group)
+                messages.append((message, _Question(site, activation)))
+        if not messages:
+            return
+        messages.sort(key=lambda pair: pair[1].site or "")  # site order: a simulation trains in it
+        ids = self.grid.push_messages([message for message, _ in messages])
+        for message_id, (message, question) in zip(ids, messages, strict=False):
+            if message_id is not None:
+                self._pending[message_id] = (message.metadata.dst_node_id, question)
+
+    def _pull(self, round_state: _Round) -> Iterator[tuple[str | None, Message]]:
+        """Replies that are here, one at a time; the site is None for what does not count in the round."""
+        for message_id in list(self._pending):
+            if message_id not in self._pending:
+                continue  # the site answered another copy of the question, or left
+            for reply in self.grid.pull_messages([message_id]):
+                node, question = self._pending.pop(message_id)
+                site = None
+                if question.site is None:
+                    self._introduce(node, question.nonce, reply)
+                elif (site := self._sender(question.site, node, reply, round_state)) is not None:
+                    round_state.answered.add(site)
+                    self._pending = {i: (n, q) for i, (n, q) in self._pending.items() if q.site != site}
+                yield site, reply
+
+    def _sender(self, site: str, node: int, reply: Message, round_state: _Round) -> str | None:
+        """The site a reply counts for; None when it is to be asked again, or the reply is a stranger's."""
+        if reply.metadata.src_node_id != node:
+            self._stranger(f"a reply to {site}'s question came from another node")
+            return None
+        if site in round_state.answered:
+            self._stranger(f"a second reply of {site}")
+            return None
+        if not self.is_member(site):
+            return None
+        if not self.patient or not reply.has_error():
+            self.refused.pop(site, None)
+            return site
+        if reply.error.code in LOST:
+            log.warning("%s lost its line; it is asked again when it is back", site)
+            self.journal.append("lost", site=site)
+            round_state.not_before[site] = time.monotonic() + LOOK_SECONDS
+            self._looked = -LOOK_SECONDS
+            return None
+        code = refusal_of(reply)
+        if code is None:
+            return site  # an error that screening names
+        self._refuse(site, code)
+        round_state.not_before[site] = time.monotonic() + RETRY_SECONDS
+        return None
+
+    def _introduce(self, node: int, nonce: str, reply: Message) -> None:
+        name = self._online.get(node, ("", ""))[0]
+        try:
+            if self.patient and reply.has_error():
+                self._retry[node] = time.monotonic() + (LOOK_SECONDS if reply.error.code in LOST else RETRY_SECONDS)
+                if (code := refusal_of(reply)) is not None:
+                    self._refuse(name, code)
+                return
+            presence = screen_presence(reply, self.plan.run_id, nonce, self._keys)
+            if self.patient and name != presence.site:
+                raise ContractError(f"a node registered as '{name}' says it is '{presence.site}'")
+            if presence.site in self.sites.values():
+                raise ContractError(f"'{presence.site}' is here twice; the first one counts")
+        except Exception as error:  # one stranger must not end the run of the others
+            self._retry[node] = time.monotonic() + (RETRY_SECONDS if self.patient else float("inf"))
+            self._stranger(short_reason(error))
+            return
+        self.sites[node] = presence.site
+        self.refused.pop(presence.site, None)
+        self._tell_site(node, presence)
+
+    def _tell_site(self, node: int, presence: Presence) -> None:
+        told = {
+            "site": presence.site,
+            "train_patients": presence.train_patients,
+            "test_patients": presence.test_patients,
+            "faults": presence.faults,
+            "software": presence.software,
+            "application": presence.application,
+        }
+        self.journal.append("site", node=node, **told)
+        if self.membership is not None:
+            self.membership.note("site", run=self.plan.run_id, audit_head=presence.audit_head, **told)
+
+    def _refuse(self, site: str, code: str) -> None:
+        if self.refused.get(site) != code:  # once, not every time it is asked again
+            self.refused[site] = code
+            log.warning("%s refuses: %s", site, code)
+            self.journal.append("refused", site=site, code=code)
+            if self.membership is not None:
+                self.membership.note("refused", run=self.plan.run_id, site=site, code=code)
+
+    def _stranger(self, reason: str) -> None:
+        log.warning("a reply is left out: %s", reason)
+        self.journal.append("stranger", reason=reason)

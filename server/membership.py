@@ -1,0 +1,35 @@
+"""Who belongs to a real federation, and its audit log, as a run sees them: read anew, so that a revocation counts at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from medsegdiff.chained_log import ChainedLog
+from server.members import Member, read_members
+
+FEDERATION = "MEDSEGFED_FEDERATION"  # environment: the coordinator's federation folder
+
+
+class Membership:
+    """Members and audit log of one federation folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._audit = ChainedLog(folder / "audit.jsonl")
+
+    @classmethod
+    def here(cls) -> Membership | None:
+        """The federation this process serves (MEDSEGFED_FEDERATION), or None in a simulation."""
+        folder = os.environ.get(FEDERATION)
+        return cls(Path(folder)) if folder else None
+
+    def active(self) -> dict[str, Member]:
+        """Site -> its entry, for those admitted and neither revoked nor suspended at this moment."""
+        members = read_members(self.folder / "members.json")
+        return {site: member for site, member in members.items() if member.status == "admitted"}
+
+    def note(self, event: str, **fields: Any) -> None:
+        """One line in the federation's audit log."""
+        self._audit.append(event, **fields)

@@ -1,0 +1,319 @@
+"""Conversations over a network that loses lines: who is asked, asked again, waited for, and who is not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.contract import REFUSED, Invitation, Presence, from_wire, to_wire
+from medsegdiff.strict import read_config
+from server import exchange
+from server.config import RunPlan
+from server.exchange import Exchange, RunStopped
+from server.journal import Journal
+
+NODES = {11: "alder", 12: "birch", 13: "elm"}
+Answer = Callable[[Message], RecordDict | Error | None]  # None: no answer, now or ever
+
+
+class Clock:
+    """Time that passes when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.plans: list[tuple[float, Callable[[], None]]] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for due in [plan for plan in self.plans if plan[0] <= self.now]:
+            self.plans.remove(due)
+            due[1]()
+
+    def after(self, seconds: float, action: Callable[[], None]) -> None:
+        self.plans.append((self.now + seconds, action))
+
+
+@dataclass
+class Node:
+    """One node of the fake network."""
+
+    name: str
+    answer: Answer
+    online: bool = True
+    activation: str = "t0"
+
+
+class Network:
+    """Grid with `get_nodes`, as Flower's over HTTP."""
+
+    def __init__(self) -> None:
+        self.nodes = {node: Node(name, greet) for node, name in NODES.items()}
+        self.numbers = itertools.count(1)
+        self.sent: dict[str, Message] = {}
+        self.asked: list[tuple[str, str]] = []
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+    def __getitem__(self, name: str) -> Node:
+        return next(node for node in self.nodes.values() if node.name == name)
+
+    def get_nodes(self) -> list[Any]:
+        return [
+            SimpleNamespace(node_id=number, name=node.name, last_activated_at=node.activation)
+            for number, node in self.nodes.items()
+            if node.online
+        ]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            message_id = f"m{next(self.numbers)}"
+            message.metadata.__dict__["_message_id"] = message_id
+            self.sent[message_id] = message
+            self.asked.append((self.nodes[message.metadata.dst_node_id].name, message.metadata.message_type))
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+        replies = []
+        for message_id in ids:
+            message = self.sent[message_id]
+            answer = self.nodes[message.metadata.dst_node_id].answer(message)
+            if answer is not None:
+                replies.append(Message(answer, reply_to=message))
+        return replies
+
+    def count(self, name: str, kind: str = MessageType.TRAIN) -> int:
+        return self.asked.count((name, kind))
+
+
+def greet(message: Message) -> RecordDict | Error | None:
+    """A good site: introduces itself, answers training with a word."""
+    if message.metadata.message_type == MessageType.QUERY:
+        asked = from_wire(message.content, "invitation", Invitation)
+        site = NODES[message.metadata.dst_node_id]
+        return RecordDict({"presence": to_wire(Presence(site, asked.run, asked.nonce, 3, 1, 0))})
+    return RecordDict({"word": ConfigRecord({"round": message.metadata.group_id})})
+
+
+def only(kind: str, answer: RecordDict | Error | None) -> Answer:
+    return lambda message: answer if message.metadata.message_type == kind else greet(message)
+
+
+class Members:
+    """A membership without files: virtual keys, so that nothing need be signed here."""
+
+    def __init__(self) -> None:
+        self.sites = dict.fromkeys(NODES.values())
+        self.notes: list[dict[str, Any]] = []
+
+    def active(self) -> dict[str, Any]:
+        return {site: SimpleNamespace(signing_key=None) for site in self.sites}
+
+    def note(self, event: str, **fields: Any) -> None:
+        self.notes.append({"event": event, **fields})
+
+
+@dataclass
+class Scene:
+    """One conversation and all that it stands on."""
+
+    clock: Clock
+    network: Network
+    members: Members
+    journal: Journal
+    talk: Exchange
+    stop: list[bool]
+
+    def ask(self, round_: int = 1, need: int | None = None, absence: float | None = None) -> list[str]:
+        """Ask for training; the sites whose replies came, in order."""
+        came: list[str] = []
+        due = self.talk.plan.required if need is None else need
+        wait = self.talk.plan.absence_seconds if absence is None else absence
+        for site, _ in self.talk.ask(MessageType.TRAIN, round_, {}, lambda: len(came) >= due, wait):
+            came.append(site)
+        return came
+
+    def told(self, event: str) -> list[dict[str, Any]]:
+        return [line for line in self.journal.events if line["event"] == event]
+
+
+@pytest.fixture
+def scene(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scene]:
+    """Call with changes of the plan; the clock moves only when somebody sleeps."""
+
+    def make(**changes: object) -> Scene:
+        folder = make_run(**({"deadline_seconds": 600.0, "absence_seconds": 60.0} | changes))
+        clock, network, members, stop = Clock(), Network(), Members(), [False]
+        monkeypatch.setattr(exchange, "time", clock)
+        journal = Journal(folder / "journal.jsonl")
+        plan = read_config(folder / "run.yaml", RunPlan)
+        talk = Exchange(network, plan, journal, members, lambda: stop[0])  # type: ignore[arg-type]
+        return Scene(clock, network, members, journal, talk, stop)
+
+    return make
+
+
+def test_all_are_asked_once_and_nobody_is_waited_for(scene) -> None:
+    """Three sites here: three introductions, three answers, no second lost."""
+    s = scene()
+    assert s.ask() == ["alder", "birch", "elm"]
+    assert [s.network.count(name, kind) for name in NODES.values() for kind in ("query", "train")] == [1] * 6
+    assert s.clock.now < 1001
+    assert s.ask(2) == ["alder", "birch", "elm"]
+    assert s.network.count("elm", "query") == 1
+
+
+def test_a_site_that_comes_late_still_takes_part(scene) -> None:
+    """Elm's line stands after 40 seconds; the round waits for it."""
+    s = scene(quorum=2)
+    s.network["elm"].online = False
+    s.clock.after(40, lambda: setattr(s.network["elm"], "online", True))
+    assert s.ask() == ["alder", "birch", "elm"]
+    assert 1040 <= s.clock.now < 1045
+
+
+def test_with_the_quorum_an_absent_site_is_waited_for_no_longer_than_stated(scene) -> None:
+    """60 seconds after the last answer, not the whole deadline."""
+    s = scene(quorum=2)
+    s.network["elm"].online = False
+    assert s.ask() == ["alder", "birch"]
+    assert 1060 <= s.clock.now < 1063
+
+
+def test_a_straggler_is_waited_for_until_the_deadline(scene) -> None:
+    """Elm is here, works and does not answer: the deadline ends the round, within seconds of it."""
+    s = scene(quorum=2)
+    s.network["elm"].answer = only(MessageType.TRAIN, None)
+    assert s.ask() == ["alder", "birch"]
+    assert 1600 <= s.clock.now < 1602
+
+
+def test_a_lost_line_is_asked_again_and_counts_once(scene) -> None:
+    """Flower reports the node as gone; it is back after 30 seconds and answers."""
+    s = scene()
+    lost = Error(ErrorCode.NODE_UNAVAILABLE, "gone")
+
+    def leave(message: Message) -> RecordDict | Error | None:
+        if message.metadata.message_type != MessageType.TRAIN:
+            return greet(message)
+        s.network["elm"].online = False
+        s.network["elm"].answer = greet
+        s.clock.after(30, lambda: setattr(s.network["elm"], "online", True))
+        return lost
+
+    s.network["elm"].answer = leave
+    assert s.ask() == ["alder", "birch", "elm"]
+    assert [line["site"] for line in s.told("lost")] == ["elm"]
+    assert s.network.count("elm") == 2
+
+
+def test_a_site_that_restarted_without_a_trace_is_asked_again(scene) -> None:
+    """The first question is never answered; the node is activated anew meanwhile. Both answers come: one counts."""
+    s = scene()
+    deaf = [True]
+    s.network["elm"].answer = lambda m: None if m.metadata.message_type == "train" and deaf[0] else greet(m)
+
+    def restart() -> None:
+        deaf[0] = False
+        s.network["elm"].activation = "t1"
+
+    s.clock.after(10, restart)
+    assert s.ask() == ["alder", "birch", "elm"]
+    assert s.network.count("elm") <= 2
+
+
+def test_a_refusal_is_told_once_and_asked_again_until_it_is_lifted(scene) -> None:
+    """The data officer approves after 70 seconds: asked every 10 seconds, one line in journal and audit log."""
+    s = scene(quorum=2)
+    s.network["elm"].answer = only(MessageType.QUERY, Error(REFUSED, "not-approved: x"))
+    s.clock.after(70, lambda: setattr(s.network["elm"], "answer", greet))
+    came = s.ask(absence=200.0)
+    assert came == ["alder", "birch", "elm"]
+    assert [(line["site"], line["code"]) for line in s.told("refused")] == [("elm", "not-approved")]
+    assert [note["code"] for note in s.members.notes if note["event"] == "refused"] == ["not-approved"]
+    assert 7 <= s.network.count("elm", "query") <= 9
+
+
+def test_below_the_quorum_the_run_says_so_and_goes_on_when_sites_return(scene) -> None:
+    """Two of three are gone for longer than the deadline: one line that names them, no end, then all three count."""
+    s = scene()
+    for name in ("birch", "elm"):
+        s.network[name].online = False
+    s.clock.after(2000, lambda: [setattr(s.network[name], "online", True) for name in ("birch", "elm")])
+    assert s.ask() == ["alder", "birch", "elm"]
+    assert [line["absent"] for line in s.told("paused")] == [{"birch": "absent", "elm": "absent"}]
+    assert len(s.told("resumed")) == 1
+    assert s.network.count("alder") == 1
+
+
+def test_a_revoked_site_leaves_within_the_round(scene) -> None:
+    """Revoked while its answer is awaited: what it sends afterwards does not count, and it is asked nothing more."""
+    s = scene(quorum=2)
+    slow = [True]
+    s.network["elm"].answer = lambda m: None if m.metadata.message_type == "train" and slow[0] else greet(m)
+
+    def revoke() -> None:
+        del s.members.sites["elm"]
+        slow[0] = False
+
+    s.clock.after(10, revoke)
+    assert s.ask() == ["alder", "birch"]
+    assert s.clock.now < 1015
+    assert [line["site"] for line in s.told("left")] == ["elm"]
+    assert s.ask(2) == ["alder", "birch"]
+    assert s.network.count("elm") == 1
+
+
+def test_a_node_under_another_name_is_left_out(scene) -> None:
+    """Elm's node says it is birch: named in the journal, never asked to train."""
+    s = scene(quorum=2)
+
+    def lie(message: Message) -> RecordDict | Error | None:
+        asked = from_wire(message.content, "invitation", Invitation)
+        return RecordDict({"presence": to_wire(Presence("birch", asked.run, asked.nonce, 3, 1, 0))})
+
+    s.network["elm"].answer = lie
+    assert s.ask() == ["alder", "birch"]
+    assert s.network.count("elm") == 0
+    assert "registered as 'elm' says it is 'birch'" in s.told("stranger")[0]["reason"]
+
+
+def test_an_old_answer_is_no_introduction(scene) -> None:
+    """The answer to an earlier question, replayed, does not let a site in."""
+    s = scene(quorum=2)
+    old = RecordDict({"presence": to_wire(Presence("elm", s.talk.plan.run_id, "0" * 32, 3, 1, 0))})
+    s.network["elm"].answer = only(MessageType.QUERY, old)
+    assert s.ask() == ["alder", "birch"]
+    assert "answers another question" in s.told("stranger")[0]["reason"]
+
+
+def test_a_stop_ends_the_conversation_within_seconds(scene) -> None:
+    """Asked to stop while a site works."""
+    s = scene()
+    s.network["elm"].answer = only(MessageType.TRAIN, None)
+    s.clock.after(5, lambda: s.stop.__setitem__(0, True))
+    with pytest.raises(RunStopped):
+        s.ask()
+    assert s.clock.now < 1010
+
+
+def test_scoring_waits_for_nobody(scene) -> None:
+    """With nothing to wait for, an offline site costs no second."""
+    s = scene()
+    assert s.ask() == ["alder", "birch", "elm"]
+    s.network["birch"].online = False
+    s.clock.now += 5
+    assert s.ask(1, need=0, absence=0.0) == ["alder", "elm"]
+    assert s.clock.now < 1010
