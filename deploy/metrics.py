@@ -11,6 +11,7 @@ alone is here.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import math
 import threading
 import time
@@ -27,6 +28,8 @@ from deploy.run_status import ToldRun
 from deploy.standing import Standing
 from medsegdiff.errors import UserError
 from server.rounds import RunState, round_seconds
+
+log = logging.getLogger("medsegfed.metrics")
 
 OTHER_SITE = "-"  # of requests without a certificate of the federation; no site can have this name
 ROUND_BUCKETS = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14_400, 43_200)  # seconds: a drill to half a day
@@ -45,6 +48,7 @@ class FederationCollector(Collector):
         self.folder = folder
         self.clock = clock
         self._standing: Standing | None = None
+        self._trouble = ""
         self._lock = threading.Lock()  # two Prometheus servers may ask at once
 
     def describe(self) -> Iterable[Metric]:
@@ -60,8 +64,12 @@ class FederationCollector(Collector):
                 status = self._standing.status(self.clock())
                 metrics = list(_metrics(status, self._standing))
                 up = 1
-            except UserError:
-                metrics, up = [], 0
+            except (
+                Exception
+            ) as error:  # Prometheus must see medsegfed_up 0, not an error page that looks like no server
+                if str(error) != self._trouble:  # once, not at every scrape
+                    log.error("no metrics: %s", error, exc_info=not isinstance(error, UserError))
+                metrics, up, self._trouble = [], 0, str(error)
         yield GaugeMetricFamily("medsegfed_up", "Whether the federation's files could be read.", value=up)
         yield from metrics
 

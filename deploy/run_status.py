@@ -104,7 +104,7 @@ class ToldRun:
         return {
             "name": self.name,
             "state": state,
-            "phase": ("scoring" if self.scoring else "training") if state == "running" else None,
+            "phase": self._phase() if state == "running" else None,
             "round": self.committed,
             "rounds": rounds,
             "round_at_hand": self.round_at_hand if self.under_way else None,
@@ -119,6 +119,12 @@ class ToldRun:
             "started": self.events[0].get("time") if self.events else None,
             "last_event": self.events[-1].get("time") if self.events else None,
         }
+
+    def _phase(self) -> str:
+        """What a run that goes on is at."""
+        if not any(event["event"] == "site" for event in self.session):
+            return "waiting for sites"
+        return "scoring" if self.scoring else "training"
 
     def _eta(self, pace: float | None, now: float) -> float | None:
         """Seconds until the last round is committed, if the next rounds take as long as the recent ones."""

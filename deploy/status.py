@@ -148,7 +148,7 @@ def _run_parts(status: dict[str, Any]) -> list[str]:
         return ["no run yet"]
     parts = [f"run {run['name']}", str(run["phase"] or run["state"])]
     if run["rounds"] is not None:
-        parts.append(f"round {run['round']} of {run['rounds']} stands")
+        parts.append(f"{run['round']} of {run['rounds']} rounds")
     if run["quorum"] is not None:
         parts.append(f"quorum {run['quorum']} of {run['sites']}")
     if run["dice"] is not None:

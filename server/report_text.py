@@ -97,8 +97,7 @@ def worst_site(report: Report, arm: Arm) -> str | None:
 STATES: dict[RunState, str] = {
     "not started": "The run has not begun.",
     "running": "The run goes on.",
-    "waiting": "The run waits for its sites.",
-    "paused": "The run is paused.",
+    "paused": "The run waits for its sites.",
     "stopped": "The run was stopped before its end.",
     "failed": "The run broke off before its end.",
     "finished": "",

@@ -7,20 +7,18 @@ from typing import Any, Literal
 
 from server.journal import Event
 
-RunState = Literal["not started", "running", "waiting", "paused", "stopped", "failed", "finished"]
+RunState = Literal["not started", "running", "paused", "stopped", "failed", "finished"]
 ENDED: tuple[RunState, ...] = ("stopped", "failed", "finished")
 
-# The latest event of these kinds says how a run stands; the others (refused, rejected, stranger) do not change it.
+# The latest event of these kinds says how a run stands; the others (site, refused, rejected, ...) do not change it.
 _STATES: dict[str, RunState] = {
     "session": "running",
     "round": "running",
     "scores": "running",
     "resumed": "running",
-    "waiting": "waiting",
     "paused": "paused",
     "stopped": "stopped",
     "below_quorum": "failed",
-    "failed": "failed",
     "failed": "failed",
     "finished": "finished",
 }
@@ -40,17 +38,8 @@ def scored_rounds(events: Iterable[Event]) -> dict[int, dict[str, dict[str, Any]
 
 def run_state(events: Sequence[Event]) -> RunState:
     """How the run stands by what was told last; whether a process still works on it, a journal cannot know."""
-    came: set[str] = set()  # sites that introduced themselves after the last wait began
-    for event in reversed(events):
-        kind = str(event["event"])
-        if kind == "site":
-            came.add(str(event.get("site")))
-        elif kind == "waiting":
-            met = int(event.get("have", 0)) + len(came & set(event.get("absent", ())))
-            return "waiting" if met < int(event.get("need", 1)) else "running"
-        elif kind in _STATES:
-            return _STATES[kind]
-    return "running" if came else "not started"
+    told = (_STATES[str(event["event"])] for event in reversed(events) if str(event["event"]) in _STATES)
+    return next(told, "not started")
 
 
 def history(events: Sequence[Event]) -> list[dict[str, Any]]:
@@ -135,6 +124,6 @@ def round_seconds(events: Iterable[Event]) -> list[float]:
         time, kind = float(event["time"]), event["event"]
         if kind == "round" and event["round"] > 0 and since is not None:
             seconds.append(max(0.0, time - since))
-        if kind in (*_STARTS, "round", "waiting") or since is None or (kind == "site" and not seconds):
+        if kind in (*_STARTS, "round") or since is None or (kind == "site" and not seconds):
             since = time
     return seconds

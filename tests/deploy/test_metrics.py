@@ -234,6 +234,17 @@ def test_a_federation_that_cannot_be_read_is_down_and_comes_back(federation) -> 
     assert one(read(text_of(collector)), "round") == 2
 
 
+def test_a_defect_of_ours_is_no_error_page(federation, monkeypatch, caplog) -> None:
+    """Whatever goes wrong inside, Prometheus is told that nothing is known, and the log has the cause, once."""
+    collector = FederationCollector(federation.folder, lambda: NOW)
+    monkeypatch.setattr(metrics, "_metrics", lambda status, standing: {}["of ours"])
+    for _ in range(3):
+        assert read(text_of(collector)) == {"medsegfed_up": {frozenset(): 0.0}}
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    monkeypatch.undo()
+    assert one(read(text_of(collector)), "up") == 1
+
+
 def test_many_ask_at_once(federation) -> None:
     """Two Prometheus servers and a person: everybody gets whole figures, and requests are counted once."""
     collector = FederationCollector(federation.folder, lambda: NOW)

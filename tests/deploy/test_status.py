@@ -77,6 +77,7 @@ def test_a_run_under_way(federation) -> None:
     ("events", "state", "phase"),
     [
         ([], "queued", None),
+        (beginning()[:2], "running", "waiting for sites"),
         (beginning(), "running", "training"),
         (two_of_ten()[:-1], "running", "scoring"),
         ([*two_of_ten(), told("paused", NOW, round=3, need=2, absent={"elm": "absent"})], "paused", None),
@@ -394,7 +395,7 @@ def test_watching_on_no_terminal_is_a_line_a_change(federation) -> None:
     assert sum("round 3 committed" in line for line in lines) == 1
     assert sum("round 2 scored" in line for line in lines) == 1
     assert "finished: model" in lines[-2]
-    assert lines[-1].startswith("run glioma-1 · finished · round 3 of 3 stands")
+    assert lines[-1].startswith("run glioma-1 · finished · 3 of 3 rounds")
     assert len(lines) < 20
 
 
@@ -463,7 +464,7 @@ def test_the_summary_is_one_line(federation) -> None:
     tell_run(federation, two_of_ten(), rounds=10)
     requests(federation, (NOW - 3, "alder", 200))
     assert summary_line(status_of(federation.folder, NOW)) == (
-        "run glioma-1 · training · round 2 of 10 stands · quorum 2 of 3 · mean Dice 0.657 · 1 min a round · 8 min to go"
+        "run glioma-1 · training · 2 of 10 rounds · quorum 2 of 3 · mean Dice 0.657 · 1 min a round · 8 min to go"
         " · 1 of 3 sites online"
     )
 

@@ -23,9 +23,6 @@ def told(kind: str, time: float = BEGIN, **fields):
     return {"event": kind, "time": time, **fields}
 
 
-WAITING = told("waiting", round=2, have=1, need=2, absent=["birch", "elm"])
-
-
 @pytest.mark.parametrize(
     ("events", "state"),
     [
@@ -40,15 +37,12 @@ WAITING = told("waiting", round=2, have=1, need=2, absent=["birch", "elm"])
         ([*story(1, finished=False), told("stopped", by="coordinator")], "stopped"),
         ([*story(1, finished=False), told("stopped", by="coordinator"), told("session")], "running"),
         ([*story(1, finished=False), told("below_quorum", round=2)], "failed"),
-        ([*story(1, finished=False), WAITING], "waiting"),
-        ([*story(1, finished=False), WAITING, told("rejected", site="elm")], "waiting"),
-        ([*story(1, finished=False), WAITING, told("site", site="oak")], "waiting"),
-        ([*story(1, finished=False), WAITING, told("site", site="elm")], "running"),
+        ([*story(1, finished=False), told("failed", reason="x")], "failed"),
         ([told("something of a later version")], "not started"),
     ],
 )
 def test_the_last_telling_event_says_how_a_run_stands(events, state) -> None:
-    """A refusal or a rejected answer changes nothing; a wait ends when enough sites are there."""
+    """A refusal, a rejected answer or a site that comes changes nothing; a new session does."""
     assert run_state(events) == state
 
 
