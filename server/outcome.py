@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from client.contract import REFUSALS
 from medsegdiff.errors import UserError
 from medsegdiff.labels import LabelScheme
 from medsegdiff.network import MedSegDiff, parameter_count
@@ -69,6 +70,10 @@ def federation_report(plan: RunPlan, events: Sequence[Event]) -> dict[str, Any]:
     described = describe_run(plan)
     described["model"]["hash"] = committed[-1]["model_hash"] if committed else None
     introduced = {event["site"]: event for event in events if event["event"] == "site"}
+    train, evaluate = site_seconds(events, _longest)
+    total = max(
+        working_seconds(events), train + evaluate
+    )  # sites that came back work before a pause is told to be over
     return {
         **described,
         "progress": {"state": run_state(events), "committed": len(committed), "scored": last},
@@ -79,7 +84,7 @@ def federation_report(plan: RunPlan, events: Sequence[Event]) -> dict[str, Any]:
         "notes": _notes(plan, events, introduced, scores),
         "software": _software(introduced),
         "hardware": None,
-        "seconds": seconds_row(working_seconds(events), *site_seconds(events, _longest)),
+        "seconds": seconds_row(total, train, evaluate),
         "bytes": traffic(events),
     }
 
@@ -153,7 +158,8 @@ def _refusals(site: str, events: Sequence[Event]) -> list[dict[str, Any]]:
     times: dict[tuple[str, str], int] = {}
     for event in events:
         if event["event"] == "refused" and event.get("site") == site:
-            key = (str(event.get("code", "")), str(event.get("reason", "")))
+            code = str(event.get("code", ""))
+            key = (code, str(event.get("reason") or REFUSALS.get(code, code)))
             times[key] = times.get(key, 0) + 1
     return [{"code": code, "reason": reason, "times": count} for (code, reason), count in times.items()]
 
