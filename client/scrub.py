@@ -271,7 +271,7 @@ class FederationLog:
 
 
 def federation_logging(folder: Path, keys: CaseKeys | None, keep_streams: bool = False) -> FederationLog:
-    """From now on this process writes its log to `folder`/state/logs/runner.log, scrubbed, and nowhere else.
+    """From now on this process writes its log to `folder`/state/logs/site.log, scrubbed, and nowhere else.
 
     Args:
         folder: the site's.

@@ -248,6 +248,34 @@ def test_a_damaged_waiting_run_is_replaced(tmp_path, tiny_task) -> None:
     assert pending_run(tmp_path, RUN).task == tiny_task
 
 
+@pytest.mark.parametrize("run", ["../x", "/etc/x", "a/b", "", "..", "x\0", ".x", "x" * 65, "x\n"])
+def test_no_function_takes_a_hostile_name(tmp_path, keys, tiny_task, run) -> None:
+    """Each of them, by itself: refused, and nothing is written, read or removed outside."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (tmp_path / "x.json").write_text("{}")
+    for act in (
+        lambda: keep_pending(site, tiny_task, run),
+        lambda: pending_run(site, run),
+        lambda: discard_pending(site, run),
+        lambda: approve(site, PendingRun(run, tiny_task, ""), keys, PROGRAM, "Dr. Ada"),
+        lambda: check_approval(site, tiny_task, run, keys, PROGRAM),
+        lambda: revoke_approval(site, run),
+    ):
+        with pytest.raises(Refusal, match="is no name of a run"):
+            act()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["site", "x.json"]
+
+
+def test_a_waiting_run_under_another_name_does_not_wait(tmp_path, tiny_task) -> None:
+    """A copy of the file under a second name is not that run."""
+    keep_pending(tmp_path, tiny_task, RUN)
+    path = tmp_path / "pending" / f"{RUN}.json"
+    (path.parent / "copy.json").write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="copy: does not wait"):
+        pending_run(tmp_path, "copy")
+
+
 def test_a_largest_dataset_can_still_be_approved(tmp_path, keys, tiny_task) -> None:
     """255 labels with long names: kept, approved, found."""
     labels = {"background": 0} | {f"a rather long name of a structure {n}": n for n in range(1, 200)}
