@@ -16,7 +16,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench real setup clean
+.PHONY: demo federation test check bench real setup clean
 
 setup: $(READY)
 
@@ -33,6 +33,13 @@ demo: $(READY)
 	@if [ -e $(RUN) ]; then echo "$(RUN) is there already: going on with it (remove it to start anew)"; \
 	  $(BIN)/medsegfed simulate quickstart --out $(RUN) --resume; \
 	else $(BIN)/medsegfed simulate quickstart --out $(RUN); fi
+
+# A whole federation of real processes on this machine; needs nginx (Debian, Ubuntu: apt-get install nginx-light).
+REHEARSAL ?= runs/federation
+
+federation: $(READY)
+	@if [ -e $(REHEARSAL) ]; then echo "$(REHEARSAL) is there already: remove it, or name another: make federation REHEARSAL=DIR"; exit 2; fi
+	$(BIN)/python -m deploy.rehearsal --out $(REHEARSAL)
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Self
 
 from flwr.app.user_config import UserConfig
 from flwr.cli.build import build_fab_from_files
@@ -106,10 +105,8 @@ class Control:
             interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the connection."""
         self._client.close()
 
     def register(self, wanted: dict[str, str]) -> tuple[list[str], list[str]]:

@@ -54,6 +54,7 @@ class RunKeeper:
         self._pause = AGAIN_SECONDS
         self._stop = threading.Event()
         self._trouble = ""
+        self._control: Control | None = None
 
     def start(self) -> threading.Thread:
         """Look after it in a thread until `stop`."""
@@ -84,11 +85,16 @@ class RunKeeper:
             if self._admitted is not None:
                 self.members_changed()
             self._admitted = admitted
-        with self.connect() as control:
-            added, removed = control.register(admitted)
+        self._control = self._control or self.connect()  # kept: a new TLS connection at every look costs the SuperLink
+        try:
+            added, removed = self._control.register(admitted)
             if added or removed:
                 self.tell("nodes", {"added": added, "removed": removed})
-            self._look_at_run(control)
+            self._look_at_run(self._control)
+        except httpx.HTTPError:
+            self._control.close()
+            self._control = None
+            raise
 
     def _look_at_run(self, control: Control) -> None:
         if self._run is not None and self._is_over(control, *self._run):

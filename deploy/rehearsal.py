@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -171,17 +172,16 @@ class Rehearsal:
         raise UserError(f"{what}: not within {seconds:.0f} s; see the logs in {self.folder}")
 
     def approve(self, run_id: str) -> None:
-        """Every site's data officer, once the run has asked there."""
-        for site in self.sites:
-            self.wait(
-                run_id.rpartition("-")[0],
-                lambda events, site=site: any(  # type: ignore[misc]
-                    e["event"] in ("refused", "site") and e.get("site") == site for e in events
-                ),
-                180,
-                f"{site} was not asked",
-            )
-            self.command(site, "approve", run_id, "--yes")
+        """Every site's data officer, each as soon as the run has asked there."""
+        with ThreadPoolExecutor(len(self.sites)) as officers:
+            list(officers.map(lambda site: self._approve(site, run_id), self.sites))
+
+    def _approve(self, site: str, run_id: str) -> None:
+        def asked(events: list[Event]) -> bool:
+            return any(event["event"] in ("refused", "site") and event.get("site") == site for event in events)
+
+        self.wait(run_id.rpartition("-")[0], asked, 180, f"{site} was not asked")
+        self.command(site, "approve", run_id, "--yes")
 
     def _place(self, place: str) -> Path:
         return self.sites[place] if place in self.sites else self.folder
@@ -275,6 +275,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/federation"))
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CODE))  # server and sites are ended on the way out
     try:
         if given.out.exists():
             raise UserError(f"{given.out}: is there already; remove it, or choose another folder with --out.")

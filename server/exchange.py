@@ -26,6 +26,8 @@ from server.screening import refusal_of, screen_presence, short_reason
 log = logging.getLogger("medsegfed.server")
 
 POLL_SECONDS = 0.2  # between looks for replies when none came; Flower's default of 3 s dominates short rounds
+IDLE_POLL_SECONDS = 1.0  # once nothing has come for
+IDLE_AFTER_SECONDS = 20.0
 LOOK_SECONDS = 2.0  # between looks who is online, who was revoked, whether the run is to stop
 RETRY_SECONDS = 10.0  # until a site that refused is asked again: a data officer may have approved in the meantime
 LOST = (
@@ -117,7 +119,7 @@ class Exchange:
             RunStopped: the coordinator wants the run to end.
         """
         question = _Round(kind, records, str(round_))
-        started = quiet_since = time.monotonic()
+        started = quiet_since = last_came = time.monotonic()
         paused = False
         while True:
             self._look()
@@ -138,8 +140,9 @@ class Exchange:
                 break
             if self.patient and not paused and not met() and (late or now - quiet_since > absence_seconds):
                 paused = self._tell_pause(round_, missing)
+            last_came = now if came else last_came
             if not came:
-                time.sleep(POLL_SECONDS)
+                time.sleep(POLL_SECONDS if now - last_came < IDLE_AFTER_SECONDS else IDLE_POLL_SECONDS)
         if paused:
             self.journal.append("resumed", round=round_)
         self._pending = {i: (n, q) for i, (n, q) in self._pending.items() if q.site is None}

@@ -1,0 +1,234 @@
+"""A real site's ClientApp: keys, approval, signatures, outbox and audit log between it and the server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client import guard as guard_module
+from client.app import app
+from client.approvals import approve, pending_run
+from client.contract import (
+    REFUSALS,
+    REFUSED,
+    Assignment,
+    Invitation,
+    Presence,
+    TrainTask,
+    Update,
+    arrays_to_wire,
+    check_signature,
+    from_wire,
+    to_wire,
+)
+from client.guard import Guard, guard_of
+from client.keys import SiteKeys
+from client.policy import SPARE_TRAININGS
+from client.site import Site, open_site
+from medsegdiff.chained_log import audit_lines, verify_log
+from medsegdiff.errors import UserError
+from medsegdiff.weights import hash_weights, initial_weights
+
+
+class Hospital:
+    """One real site in a folder of its own, as its runner would serve it."""
+
+    def __init__(self, folder: Path, task: TrainTask) -> None:
+        self.folder, self.task = folder, task
+        self.guard = self.open()
+
+    def open(self) -> Guard:
+        open_site.cache_clear()
+        guard_module._guard.cache_clear()
+        found = guard_of(Site(self.folder / "site.yaml"))
+        assert found is not None
+        return found
+
+    def ask(self, kind: str, **records: object) -> Message:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        message = Message(RecordDict({"task": to_wire(self.task)} | records), 1000, kind)
+        message.metadata.__dict__["_message_id"] = "m-1"
+        return app(message, Context(1, 1000, {}, RecordDict(), {}))
+
+    def train(self, round_: int = 1, seed: int = 0, run: str = "run-1") -> Message:
+        weights = initial_weights(self.task.model, seed)
+        asked = Assignment(run, round_, hash_weights(weights))
+        return self.ask(MessageType.TRAIN, assignment=to_wire(asked), weights=arrays_to_wire(weights))
+
+    def approve(self, run: str = "run-1") -> None:
+        self.ask(MessageType.QUERY, invitation=to_wire(Invitation(run, "n")))
+        approve(self.folder, pending_run(self.folder, run), self.guard.keys, self.guard.application, "Dr. Night")
+
+    def audited(self, event: str) -> list[dict[str, Any]]:
+        return [line for line in audit_lines(self.folder / "audit.jsonl") if line["event"] == event]
+
+
+@pytest.fixture
+def hospital(
+    tmp_path: Path, tiny_world: Path, tiny_task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Hospital]:
+    """Call with lines for site.yaml's policy; the site's data are alder's of the tiny world."""
+
+    def make(policy: str = "{min_patients: 1}") -> Hospital:
+        folder = tmp_path / "alder"
+        shutil.copytree(tiny_world / "alder", folder)
+        text = (folder / "data" / "cases.csv").read_text()  # its paths are relative to the world's place
+        source = (tiny_world / "alder" / "data").resolve()
+        (folder / "data" / "cases.csv").write_text(text)
+        shutil.rmtree(folder / "data")
+        (folder / "data").symlink_to(source)
+        with open(folder / "site.yaml", "a") as handle:
+            handle.write(f"keys: keys\npolicy: {policy}\n")
+        keys = SiteKeys.create(folder / "keys")
+        (folder / "keys" / "ca.crt").write_text("")
+        said = {"federation": "net", "site": "alder", "server": "fed.example.org:8443"}
+        (folder / "keys" / "federation.json").write_text(json.dumps(said))
+        for path in (keys.folder / "ca.crt", keys.folder / "federation.json"):
+            path.chmod(0o600)
+        monkeypatch.setenv("MEDSEGFED_SITE", str(folder / "site.yaml"))
+        return Hospital(folder, tiny_task)
+
+    return make
+
+
+def code(reply: Message) -> str:
+    assert reply.has_error()
+    assert reply.error.code == REFUSED
+    word = str(reply.error.reason).partition(":")[0]
+    assert reply.error.reason == f"{word}: {REFUSALS[word]}"
+    return word
+
+
+def test_an_unapproved_run_is_refused_kept_and_told_once(hospital) -> None:
+    """No training; the officer finds it in pending/; the audit log has one line however often the server asks."""
+    site = hospital()
+    assert [code(site.train()) for _ in range(3)] == ["not-approved"] * 3
+    assert pending_run(site.folder, "run-1").task == site.task
+    assert [line["decision"] for line in site.audited("refused")] == ["not-approved"]
+    assert not (site.folder / "outbox").exists()
+
+
+def test_an_approved_site_introduces_itself_signed(hospital) -> None:
+    """With the hash of its program and the head of its audit log, under the enrolled key."""
+    site = hospital()
+    site.approve()
+    reply = site.ask(MessageType.QUERY, invitation=to_wire(Invitation("run-1", "nonce-7")))
+    check_signature(reply.content, "presence", site.guard.keys.signing_public)
+    presence = from_wire(reply.content, "presence", Presence)
+    assert (presence.site, presence.nonce, presence.train_patients) == ("alder", "nonce-7", 3)
+    assert presence.application == site.guard.application
+    verify_log(site.folder / "audit.jsonl", presence.audit_head)
+
+
+def test_a_repeated_question_gets_the_same_bytes_without_training(hospital, monkeypatch) -> None:
+    """Also after the process was started anew; the audit log tells one update and two repetitions."""
+    site = hospital()
+    site.approve()
+    first = site.train()
+    update = from_wire(first.content, "update", Update)
+    check_signature(first.content, "update", site.guard.keys.signing_public)
+    monkeypatch.setattr("client.app.train_round", lambda *_: pytest.fail("a second training"))
+    site.guard = site.open()
+    for again in (site.train(), site.train()):
+        assert again.content["signature"] == first.content["signature"]
+        assert again.content["update"] == first.content["update"]
+        for name, array in first.content.array_records["delta"].items():
+            assert again.content.array_records["delta"][name].data == array.data
+    assert [line["delta"] for line in site.audited("update")] == [update.delta_hash]
+    assert len(site.audited("repeated")) == 2
+
+
+def test_a_round_is_not_trained_from_a_second_model(hospital) -> None:
+    """Refused by its code while the first answer stands in the outbox."""
+    site = hospital()
+    site.approve()
+    assert not site.train(seed=0).has_error()
+    assert code(site.train(seed=1)) == "base-changed"
+
+
+def test_no_more_trainings_than_the_run_has_rounds_and_a_few(hospital) -> None:
+    """A server that goes through the rounds again and again, each time with another model, is refused."""
+    site = hospital()
+    site.approve()
+    allowed = site.task.rounds + SPARE_TRAININGS
+    (site.folder / "outbox" / "run-1").mkdir(parents=True)
+    (site.folder / "outbox" / "run-1" / "trainings").write_text(str(allowed - 1))
+    assert not site.train(1).has_error()
+    assert code(site.train(2, seed=7)) == "too-many-rounds"
+    assert code(site.train(3)) == "round-out-of-range"
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ("{min_patients: 4}", "too-few-patients"),
+        ("{min_patients: 1, max_rounds: 1}", "too-many-rounds"),
+        ("{min_patients: 1, application: '" + "0" * 64 + "'}", "application-changed"),
+    ],
+)
+def test_the_policy_is_the_stricter_side(hospital, policy, reason) -> None:
+    """An approval does not lift it."""
+    site = hospital(policy)
+    site.approve()
+    reply = site.ask(MessageType.QUERY, invitation=to_wire(Invitation("run-1", "n")))
+    assert code(reply) == reason
+    assert site.audited("refused")[-1]["decision"] == reason
+
+
+def test_a_program_that_changed_while_it_runs_trains_nothing(hospital, monkeypatch) -> None:
+    """One byte changed in an installed file: the hash on the disk is no longer the one that was loaded."""
+    site = hospital()
+    site.approve()
+    monkeypatch.setattr(guard_module, "application_hash", lambda: "f" * 64)
+    assert code(site.train()) == "application-changed"
+
+
+def test_another_task_under_an_approved_name_is_refused(hospital) -> None:
+    """The approval is of the task, not of its name."""
+    site = hospital()
+    site.approve()
+    site.task = replace(site.task, local_steps=500)
+    assert code(site.train()) == "not-approved"
+
+
+def test_scoring_a_round_empties_the_outbox_up_to_it(hospital) -> None:
+    """The question proves that the server committed the round; the averages leave signed and audited."""
+    site = hospital()
+    site.approve()
+    site.train()
+    weights = initial_weights(site.task.model, 3)
+    asked = Assignment("run-1", 1, hash_weights(weights))
+    reply = site.ask(MessageType.EVALUATE, assignment=to_wire(asked), weights=arrays_to_wire(weights))
+    check_signature(reply.content, "scores", site.guard.keys.signing_public)
+    assert list((site.folder / "outbox" / "run-1").glob("round-*")) == []
+    assert site.audited("scores")[0]["patients"] == 1
+
+
+def test_a_full_disk_sends_nothing(hospital, monkeypatch) -> None:
+    """What cannot be written down before it leaves does not leave."""
+    site = hospital()
+    site.approve()
+
+    def full(*_: object) -> None:
+        raise UserError("no space")
+
+    monkeypatch.setattr("client.outbox.write_atomic", full)
+    assert code(site.train()) == "fault"
+    assert site.audited("update") == []
+
+
+def test_keys_of_another_name_are_told_at_the_start(hospital) -> None:
+    """site.yaml was renamed after enrolment."""
+    site = hospital()
+    text = (site.folder / "site.yaml").read_text()
+    (site.folder / "site.yaml").write_text(text.replace("name: alder", "name: oak"))
+    with pytest.raises(UserError, match="its keys belong to 'alder'"):
+        site.open()

@@ -1,0 +1,77 @@
+"""The outbox: the same question, the same bytes, until the server has shown that it committed the round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import RecordDict
+
+from client.contract import Assignment, Update, check_signature
+from client.gate import release_update
+from client.outbox import Outbox
+from medsegdiff.errors import UserError
+from medsegdiff.weights import hash_weights
+
+KEY = Ed25519PrivateKey.generate()
+BASE = {"w": torch.ones(2, 3), "b": torch.ones(3)}
+
+
+def answer(round_: int, run: str = "run-1") -> tuple[Update, dict[str, torch.Tensor], RecordDict]:
+    delta = {name: torch.full_like(value, 0.1 * round_) for name, value in BASE.items()}
+    update = Update("alder", run, round_, "a" * 64, 3, 2, 0.5, 1.25, hash_weights(delta))
+    return update, delta, release_update(update, delta, BASE, KEY.sign)
+
+
+def wire(content: RecordDict) -> bytes:
+    """All that crosses the network of a reply."""
+    arrays = content.array_records["delta"]
+    return b"|".join(
+        [str(content.config_records["update"]["json"]).encode(), bytes(content.config_records["signature"]["ed25519"])]
+        + [name.encode() + arrays[name].data for name in sorted(arrays)]
+    )
+
+
+def test_a_kept_update_is_the_one_that_was_sent(tmp_path: Path) -> None:
+    """Text, signature and arrays byte for byte, in a new process as well."""
+    sent = answer(2)
+    Outbox(tmp_path).keep(*sent)
+    update, content = Outbox(tmp_path).find(Assignment("run-1", 2, "a" * 64))
+    assert update == sent[0]
+    assert wire(content) == wire(sent[2])
+    check_signature(content, "update", KEY.public_key().public_bytes_raw().hex())
+
+
+def test_rounds_are_forgotten_when_they_were_committed(tmp_path: Path) -> None:
+    """Round 3 asked for: 1 and 2 go, 3 stays; another run's stay."""
+    outbox = Outbox(tmp_path)
+    for round_ in (1, 2, 3):
+        outbox.keep(*answer(round_))
+    outbox.keep(*answer(1, "run-2"))
+    outbox.forget("run-1", 2)
+    kept = [outbox.find(Assignment(run, r, "a" * 64)) is not None for run, r in (
+        ("run-1", 1), ("run-1", 2), ("run-1", 3), ("run-2", 1))]  # fmt: skip
+    assert kept == [False, False, True, True]
+    assert (outbox.trainings("run-1"), outbox.trainings("run-2"), outbox.trainings("run-3")) == (3, 1, 0)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_update_is_no_answer(tmp_path: Path, damage: str) -> None:
+    """It is trained anew instead of being sent with a hash that does not fit."""
+    outbox = Outbox(tmp_path)
+    outbox.keep(*answer(1))
+    path = tmp_path / "run-1" / "round-000001.safetensors"
+    raw = path.read_bytes()
+    path.write_bytes({"cut": raw[:-5], "flipped": raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:], "empty": b""}[damage])
+    assert outbox.find(Assignment("run-1", 1, "a" * 64)) is None
+
+
+def test_an_unreadable_count_stops_the_training(tmp_path: Path) -> None:
+    """It bounds how often a server may have the site train: fail closed, and say what to do."""
+    outbox = Outbox(tmp_path)
+    outbox.keep(*answer(1))
+    (tmp_path / "run-1" / "trainings").write_text("many")
+    with pytest.raises(UserError, match="nothing is trained"):
+        outbox.trainings("run-1")
