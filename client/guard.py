@@ -1,6 +1,6 @@
 """What stands between a real site and the federation: policy, approvals, signatures, outbox and audit log.
 
-Every request passes `admit` before any data is touched, and everything that leaves is signed and written to the audit log.
+Every request passes `admit` before any data is touched; everything that leaves is signed and told to the audit log.
 Virtual sites, which have no keys, have no guard.
 """
 
@@ -47,8 +47,8 @@ class Guard:
         self.application = application_hash()  # of what this process has loaded
         if self.keys.membership().site != config.name:
             raise UserError(
-                f"{folder / 'site.yaml'}: is named '{config.name}', its keys belong to '{self.keys.membership().site}'. "
-                "Put the enrolled name back."
+                f"{folder / 'site.yaml'}: is named '{config.name}', its keys belong to '{self.keys.membership().site}'."
+                " Put the enrolled name back."
             )
         self._told: dict[str, str] = {}  # run -> code of the refusal that the audit log knows
 
@@ -84,7 +84,7 @@ class Guard:
             if application_hash() != self.application:
                 raise Refusal(
                     "application-changed",
-                    "the installed program was changed while it ran. Start the site anew; it will run under the new hash.",
+                    "the installed program was changed while it ran. Start the site anew under its new hash.",
                 )
             check_policy(
                 self.policy,
@@ -149,7 +149,13 @@ class Guard:
     def note_scores(self, scores: Scores, task: TrainTask) -> None:
         """Write to the audit log that averages over held-out patients leave."""
         self._note(
-            "scores", scores.run, task, round=scores.round, patients=scores.patients, model=scores.model_hash, decision="sent"
+            "scores",
+            scores.run,
+            task,
+            round=scores.round,
+            patients=scores.patients,
+            model=scores.model_hash,
+            decision="sent",
         )
 
     def _note(self, event: str, run: str, task: TrainTask, **fields: object) -> None:

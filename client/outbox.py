@@ -1,8 +1,8 @@
 """Signed updates of a site that the server has not committed yet.
 
-An update is written here before it leaves. Until the server has committed the round, a repeated request for it is answered
-with the same bytes: no second training, and under privacy no second epsilon. That the round was committed shows in the
-next request: training for round r proves r - 1, scoring round r proves r.
+An update is written here before it leaves. Until the server has committed the round, a repeated request for it is
+answered with the same bytes: no second training, and under privacy no second epsilon. That the round was committed
+shows in the next request: training for round r proves r - 1, scoring round r proves r.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Outbox:
         self._count(update.run)
 
     def find(self, assignment: Assignment) -> tuple[Update, RecordDict] | None:
-        """The update of a round, as it was or would have been sent; None where there is none, or its file is damaged."""
+        """The update of a round as it was, or would have been, sent; None where there is none, or it is damaged."""
         path = self._path(assignment.run, assignment.round)
         if not path.exists():
             return None
@@ -69,8 +69,8 @@ class Outbox:
             return 0
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{path}: the count of trainings cannot be read ({error}); nothing is trained. Write into it the number "
-                f"of 'update' lines that the audit log has for {run}."
+                f"{path}: the count of trainings cannot be read ({error}); nothing is trained. Write into it the number"
+                f" of 'update' lines that the audit log has for {run}."
             ) from error
 
     def _count(self, run: str) -> None:

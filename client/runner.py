@@ -1,7 +1,8 @@
 """The site's runner: takes tasks from the site's own SuperNode and executes the application installed here.
 
-Flower ships an application with every run and would unpack and execute it. This runner never looks into what was shipped:
-what runs is `client.app`, whose hash the data officer has approved. It speaks to the SuperNode on loopback alone.
+Flower ships an application with every run and would unpack and execute it. This runner never looks into what was
+shipped: what runs is `client.app`, whose hash the data officer has approved. It speaks to the SuperNode on loopback
+alone.
 
     python -m client.runner SITE.yaml --node 127.0.0.1:9094 --secret FILE
 """
@@ -43,7 +44,7 @@ RETRY_SECONDS = 20.0  # that one call to the SuperNode is tried for; it may be s
 
 
 class Runner:
-    """Executes tasks one at a time. A SuperNode that is started anew is waited for: work at hand is finished meanwhile."""
+    """Executes tasks one at a time. While its SuperNode is started anew it finishes the work at hand, and waits."""
 
     def __init__(self, node: str, secret: bytes) -> None:
         self.node = node

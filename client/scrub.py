@@ -7,7 +7,7 @@ scrubbed where it is born, before any handler (ours, Flower's, one that a librar
   `CaseName` becomes the site's keyed hash of it, everything else is withheld. In the files of `SAFE`, which speak of
   runs, rounds and connections, short plain texts pass too, paths never.
 - An exception, filled in or raised, is reduced to its class, the lines of our code and the classes of its causes; its
-  text is withheld. A `Refusal` passes: it speaks of runs and policy alone.
+  text is withheld. A `Refusal` and a `ContractError` pass: they speak of runs, policy and what the server sent.
 - All others (Flower, torch, nibabel, pydicom, Pillow, ...): logger, level and line of code; the message is withheld.
 - Warnings, uncaught exceptions of the process and its threads, and exceptions that Python cannot raise: as above.
 - What code below Python prints (libraries in C write names of files to stderr) is discarded; crashes of the interpreter
@@ -39,6 +39,7 @@ from typing import IO, Any, Protocol
 
 import client
 from client.approvals import shown
+from client.contract import ContractError
 from client.refusal import Refusal
 from medsegdiff.errors import UserError
 
@@ -73,7 +74,7 @@ class CaseKeys(Protocol):
 
 def reduced(error: BaseException) -> str:
     """An exception without its text: class, where in our code, classes of its causes."""
-    if isinstance(error, Refusal):
+    if isinstance(error, (Refusal, ContractError)):
         return str(error)
     names: list[str] = []
     seen, cause = {id(error)}, error.__cause__ or error.__context__

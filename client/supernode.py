@@ -4,8 +4,8 @@ Flower has no flag for a client certificate. Started through this launcher, its 
 mutual TLS 1.3 pinned to the federation's own CA; HTTPS_PROXY (HTTP CONNECT) works as usual, redirects are not followed.
 The certificate is read again when its file changes, so that a renewal costs no round.
 
-Stands on flwr 1.41's `FleetHttpClient.from_server_address`; the version is pinned exactly, and the end-to-end tests would
-fail without the certificate.
+Stands on flwr 1.41's `FleetHttpClient.from_server_address`; the version is pinned exactly, and the end-to-end tests
+would fail without the certificate.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _check_server(federation: Federation) -> None:
     if host.removesuffix(".").lower() not in certified_hosts(read_certificate(federation.server_crt)):
         raise UserError(
             f"{federation.config_file}: hosts begins with {host}, which is not in the server's certificate; nothing "
-            "was admitted. Run: medsegfed renew --server"
+            f"was admitted. Run: medsegfed renew --folder {federation.folder}"
         )
 
 

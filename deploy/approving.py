@@ -33,7 +33,7 @@ def pending_lines(folder: Path) -> list[str]:
     waiting = pending_runs(folder)
     good, bad = approved_runs(folder, keys)
     lines = [
-        f"waits     {shown(run.run)}   asked {run.asked_at}   {run.task.rounds:,} rounds of {run.task.local_steps:,} steps"
+        f"waits     {shown(run.run)}   asked {run.asked_at}   {run.task.rounds:,} x {run.task.local_steps:,} steps"
         for run in waiting
     ]
     lines += [f"approved  {name}   {approval.approved_at} by {approval.by}" for name, (approval, _) in good.items()]

@@ -174,7 +174,10 @@ def site_start(folder: SiteOption = Path()) -> None:
 @app.command()
 def doctor(
     folder: EitherOption = None,
-    names: Annotated[bool, typer.Option(help="Name cases and files; for this terminal only.")] = False,
+    names: Annotated[bool, typer.Option("--names", help="Name cases and files; for this terminal only.")] = False,
+    data_seconds: Annotated[
+        float | None, typer.Option(min=1, help="Stop reading the data after so many seconds; default: 600.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check everything a run needs, before it: network, certificates, clock, disk, GPU, data. Counts only.
@@ -184,7 +187,7 @@ def doctor(
     from deploy.doctor import report
 
     place, _ = _place(folder)
-    raise typer.Exit(report(place, names=names, as_json=as_json))
+    raise typer.Exit(report(place, names=names, as_json=as_json, data_seconds=data_seconds))
 
 
 @app.command()

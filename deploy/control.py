@@ -1,7 +1,7 @@
 """The supervisor's line to its own SuperLink: who may connect, which run is carried out.
 
-Flower's Control API, over TLS on loopback. A SuperLink keeps its state in memory: after its death the nodes are registered
-anew and the run is started anew, under our own run id, from its checkpoint.
+Flower's Control API, over TLS on loopback. A SuperLink keeps its state in memory: after its death the nodes are
+registered anew and the run is started anew, under our own run id, from its checkpoint.
 
 The application that Flower insists on shipping with a run is a stub of a few lines. The server executes its installed
 `server.app`; sites execute theirs and never unpack what is shipped.

@@ -299,14 +299,14 @@ def _config_text(config: FederationConfig) -> str:
 name: {json.dumps(config.name)}   # stands in every certificate: never change it once there are members
 
 # Host names and IP addresses by which sites reach the server; all stand in its certificate. The first one is given to
-# sites in their kits. After a change: medsegfed renew --server
+# sites in their kits. After a change, make the server's certificate anew: medsegfed renew, in this folder.
 hosts: [{hosts}]
 port: {config.port}          # the only port that is open to the outside; sites call it, the server calls nobody
 
 # This and the next {len(Ports._fields) - 1} ports: the server's own processes among themselves, on 127.0.0.1 alone.
 internal_port: {config.internal_port}
 
-# Days that certificates are valid. A running site renews its own; the server's: medsegfed renew --server
+# Days that certificates are valid. A running site renews its own; the server's: medsegfed renew, in this folder.
 site_days: {number(config.site_days)}       # at most {MAX_SITE_DAYS}
 server_days: {number(config.server_days)}    # at most {MAX_SERVER_DAYS}
 

@@ -1,8 +1,8 @@
 """Keeps a federation's run going: registers the members at the SuperLink and has the run at hand carried out.
 
-One look every two seconds compares what should be with what is, and mends the difference. So a run that was queued starts, a
-SuperLink that came back without its memory is told everything anew, and a ServerApp that died is started again from the
-last committed round - all by the same few lines.
+One look every two seconds compares what should be with what is, and mends the difference. So a run that was queued
+starts, a SuperLink that came back without its memory is told everything anew, and a ServerApp that died is started
+again from the last committed round - all by the same few lines.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class RunKeeper:
                 self.tell("run_started", {"run": folder.name, "flower_run": run_id})
 
     def _is_over(self, control: Control, folder: Path, run_id: int) -> bool:
-        """Whether Flower's run has ended. One that died is started again, after a pause that grows while it keeps dying."""
+        """Whether Flower's run has ended. One that died is started again, after pauses that grow while it does."""
         found = control.run(run_id)
         going_on = wanted(folder)
         if found is not None and found.status != "finished":

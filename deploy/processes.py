@@ -56,9 +56,7 @@ def free_ports(count: int) -> list[int]:
 def answers_https(port: int, ca_file: Path) -> bool:
     """Whether a server of the federation answers on this loopback port."""
     context = ssl.create_default_context(cafile=str(ca_file))
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
     try:
         with opener.open(f"https://{LOOPBACK}:{port}/health", timeout=3) as answer:
             return bool(answer.status == 200)

@@ -1,8 +1,8 @@
 """A whole federation on one machine, of real processes over real TLS: `make federation`.
 
-A server and a site for each virtual hospital of a recipe go through all that a real federation goes through - init, join,
-admit, kit, start, run, approve - as the commands that people type. The same world is then simulated with the same seed:
-the federated weights must be equal bit for bit, and the scores with them.
+A server and a site for each virtual hospital of a recipe go through all that a real federation goes through - init,
+join, admit, kit, start, run, approve - as the commands that people type. The same world is then simulated with the same
+seed: the federated weights must be equal bit for bit, and the scores with them.
 
     python -m deploy.rehearsal [RECIPE] [--out DIR]
 """
@@ -50,8 +50,8 @@ class Rehearsal:
         self,
         folder: Path,
         hosts: Sequence[str] = (LOOPBACK,),
-        enter: Callable[[str], tuple[str, ...]] = lambda place: (),
-        environment: Callable[[str], Mapping[str, str]] = lambda place: {},
+        enter: Callable[[str], tuple[str, ...]] = lambda _: (),
+        environment: Callable[[str], Mapping[str, str]] = lambda _: {},
     ) -> None:
         self.folder = folder.resolve()
         self.server = self.folder / "server"
@@ -184,7 +184,7 @@ class Rehearsal:
         self.command(site, "approve", run_id, "--yes")
 
     def _place(self, place: str) -> Path:
-        return self.sites[place] if place in self.sites else self.folder
+        return self.sites.get(place, self.folder)
 
     def _env(self, place: str) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("MEDSEGFED_")}

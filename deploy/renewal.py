@@ -7,6 +7,8 @@ that connections which still use it go on.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -141,7 +143,7 @@ def _post(keys: SiteKeys, body: bytes, left: float) -> bytes:
     if status != 200:
         raise UserError(
             f"{membership.server}: the certificate was not renewed, the server answered {status} "
-            f"({_plain(answer[:600].decode('utf-8', 'replace')) or 'without a word'}). {stays}. Ask the coordinator."
+            f"({_reason(answer)}). {stays}. Ask the coordinator."
         )
     return answer
 
@@ -264,6 +266,15 @@ def renew_server(federation: Federation, now: datetime | None = None) -> x509.Ce
         not_after=iso(certificate.not_valid_after_utc),
     )
     return certificate
+
+
+def _reason(answer: bytes) -> str:
+    """Why the server refused: {"reason": ...}, or whatever something between the two answered."""
+    text = answer.decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, RecursionError):
+        said = json.loads(text)
+        text = str(said["reason"]) if isinstance(said, dict) and "reason" in said else text
+    return _plain(text) or "without a word"
 
 
 def _plain(text: str) -> str:

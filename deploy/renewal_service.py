@@ -1,7 +1,7 @@
 """The server's answer to sites that renew their certificates: one route, on loopback, behind the gateway.
 
-The gateway has verified the certificate and says whose it is; that it was the gateway who says so a shared secret shows,
-since any process of this machine can reach the port.
+The gateway has verified the certificate and says whose it is. That it is the gateway who says so a shared secret shows:
+any process of this machine can reach the port.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def resolve_run(path: Path, members: dict[str, int]) -> RunPlan:
     unknown = [site for site in chosen if site not in members]
     if unknown:
         raise UserError(
-            f"{path}: sites: {', '.join(unknown)} not admitted; the admitted sites are {', '.join(sorted(members)) or 'none'}. "
-            "Admit them, or leave them out."
+            f"{path}: sites: {', '.join(unknown)} not admitted; the admitted sites are "
+            f"{', '.join(sorted(members)) or 'none'}. Admit them, or leave them out."
         )
     if not chosen:
         raise UserError(f"{path}: no site is admitted yet, so nobody could train. Admit sites with medsegfed admit.")
@@ -90,7 +90,7 @@ def queue_run(runs: Path, plan: RunPlan, by: str) -> Path:
     if (folder / "run.yaml").exists():
         if plain(read_config(folder / "run.yaml", RunPlan)) != plain(plan):
             raise UserError(
-                f"{folder}: holds a run of that name with another plan, approved as such by the sites; nothing was changed. "
+                f"{folder}: holds a run of that name with another plan, which the sites approved; nothing was changed. "
                 "Choose another name in the run file."
             )
         if run_state(read_events(folder / "journal.jsonl")) == "finished":

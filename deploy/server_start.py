@@ -182,7 +182,7 @@ class Server:
             yield
 
     def _follow_certificate(self, stop: threading.Event) -> None:
-        """`medsegfed renew` replaces the server's certificate; the gateway takes it up, and the SuperLink at its next start."""
+        """`medsegfed renew` replaces the server's certificate: the gateway takes it up; the SuperLink when started."""
         seen = self.federation.server_crt.stat().st_mtime_ns
         while not stop.wait(LOOK_SECONDS):
             try:

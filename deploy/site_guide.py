@@ -28,7 +28,7 @@ What does leave: weights of the model, counts of patients, average scores (`clie
 
 ## Join
 
-1. `medsegfed join --name YOUR-SITE --patients N`
+1. `medsegfed join YOUR-SITE --patients N`
    N: patients you train with; it is the largest weight that your updates may claim. This makes keys in `keys/`
    (readable by you alone), `site.yaml` if there is none, and `YOUR-SITE.request`. It shows a fingerprint.
 2. Send `YOUR-SITE.request` to the coordinator, by mail or as you like: it holds no secret.
@@ -38,7 +38,8 @@ What does leave: weights of the model, counts of patients, average scores (`clie
 
 4. The coordinator sends back `YOUR-SITE.kit`: `medsegfed join --kit YOUR-SITE.kit`
    It shows the fingerprint of the federation's authority. Have the coordinator read out theirs: it must be the same.
-   (This page names it too, but pages can be changed on their way.)
+   (This page names it too, but pages can be changed on their way. With `--ca "FINGERPRINT"` the kit is refused unless
+   it has the one that was read out.)
 
    `{ca_fingerprint}`
 

@@ -3,9 +3,9 @@
     supernode   Flower's SuperNode with the site's client certificate: the one connection that leaves the house
     runner      executes the application installed here; speaks to the SuperNode on loopback alone
 
-Each is started again when it dies. A SuperNode waits for ever for the answer of a runner that died in the middle of a task,
-so it is started anew with it; a runner finishes its work while its SuperNode is started anew, and answers from its outbox.
-A certificate that has used two thirds of its time is renewed on the way.
+Each is started again when it dies. A SuperNode waits for ever for the answer of a runner that died in the middle of a
+task, so it is started anew with it; a runner finishes its work while its SuperNode is started anew, and answers from
+its outbox. A certificate that has used two thirds of its time is renewed on the way.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """flower-superlink with a guard: what a node sends must be its own.
 
-Flower checks that a request comes from the node it names, not that the reply inside names that node as its source: site A
-could answer as site B. The guard closes that before anything is stored. It stands on flwr 1.41's fleet handlers; the version
-is pinned exactly, and the attack list of the end-to-end tests would fail without it.
+Flower checks that a request comes from the node it names, not that the reply inside names that node as its source: site
+A could answer as site B. The guard closes that before anything is stored. It stands on flwr 1.41's fleet handlers; the
+version is pinned exactly, and the attack list of the end-to-end tests would fail without it.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ class Supervisor:
         self._end_companions(life, now)
 
     def _end_companions(self, life: Life, now: float) -> None:
-        for name in life.child.restart_with:
+        for name in () if self._stop.is_set() else life.child.restart_with:
             if self._lives[name].phase in ("starting", "running"):
                 self._end(self._lives[name], f"{life.child.name} ended", now, backs_off=False)
 

@@ -1,8 +1,9 @@
 """Questions to sites and their replies, one at a time, over Flower's grid.
 
 Flower's own loop keeps every reply of a round in memory, waits for ever for absent nodes and asks nobody twice. Here a
-reply is pulled, handed on and freed; a site that joins late, lost its line or restarted is asked again within the round; a
-site that refuses is asked again after a while. In a simulation (a grid whose nodes are always there) nothing is waited for.
+reply is pulled, handed on and freed; a site that joins late, lost its line or restarted is asked again within the
+round; a site that refuses is asked again after a while. In a simulation (a grid whose nodes are always there) nothing
+is waited for.
 """
 
 from __future__ import annotations
@@ -240,10 +241,7 @@ class Exchange:
         if reply.metadata.src_node_id != node:
             self._stranger(f"a reply to {site}'s question came from another node")
             return None
-        if site in round_state.answered:
-            self._stranger(f"a second reply of {site}")
-            return None
-        if not self.is_member(site):
+        if site in round_state.answered or not self.is_member(site):
             return None
         if not self.patient or not reply.has_error():
             self.refused.pop(site, None)

@@ -1,4 +1,4 @@
-"""Who belongs to a real federation, and its audit log, as a run sees them: read anew, so that a revocation counts at once."""
+"""Who belongs to a real federation, and its audit log, as a run sees them: read anew, so revocations count at once."""
 
 from __future__ import annotations
 

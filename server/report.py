@@ -211,8 +211,8 @@ def _site_row(report: Report, name: str) -> dict[str, Any]:
 
 
 def _end_rows(report: Report) -> list[dict[str, Any]]:
-    """The rows under the sites: mean and worst site; none where there is nothing to put into them."""
-    if not report.present_arms and not _total_pair(report):
+    """The rows under the sites: mean and worst site; none where no arm has a score."""
+    if not report.present_arms:
         return []
     distances = [_hd95_over_sites(report, arm) for arm in report.present_arms]
     rows = []

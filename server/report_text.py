@@ -111,7 +111,10 @@ def headline(report: Report) -> str:
         return _result(report, f"After {plural(report.rounds, 'round')}")
     if not progress.committed:
         return f"{STATES[progress.state]} Of {plural(report.rounds, 'round')}, none is committed yet."
-    scored = progress.scored or progress.committed
+    if progress.scored is None:
+        sites = plural(len(report.sites), "site")
+        return f"{STATES[progress.state]} {progress.committed} of {report.rounds} rounds over {sites}, not scored yet."
+    scored = progress.scored
     text = f"{STATES[progress.state]} " + _result(report, f"After {scored} of {plural(report.rounds, 'round')}")
     later = tuple(range(scored + 1, progress.committed + 1))
     if later:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -86,9 +87,9 @@ def site_seconds(events: Sequence[Event], over_sites: Callable[[list[float]], fl
         over_sites: what the seconds of a round's sites make: `sum` where one machine plays all of them in turn, the
             largest where they work at the same time.
     """
-    train = sum(over_sites([site["seconds"] for site in e["accepted"].values()]) for e in committed_rounds(events))
-    evaluate = sum(over_sites([site["seconds"] for site in sites.values()]) for sites in scored_rounds(events).values())
-    return train, evaluate
+    training = [over_sites([row["seconds"] for row in e["accepted"].values()]) for e in committed_rounds(events)]
+    scoring = [over_sites([row["seconds"] for row in sites.values()]) for sites in scored_rounds(events).values()]
+    return math.fsum(training), math.fsum(scoring)
 
 
 def working_seconds(events: Iterable[Event], now: float | None = None) -> float:

@@ -164,7 +164,8 @@ class FederatedAveraging(Strategy):
                 continue
             update = outcome.update
             self._usable += 1
-            self._note("update", server_round, site, patients=update.patients, delta=update.delta_hash, decision="accepted")
+            said = {"patients": update.patients, "delta": update.delta_hash, "decision": "accepted"}
+            self._note("update", server_round, site, **said)
             accepted[site] = {"patients": update.patients, "loss": update.loss, "seconds": update.seconds}
             received += outcome.bytes
         absent = [site for site in self.plan.roster if site not in accepted and site not in rejected]
@@ -224,7 +225,7 @@ class FederatedAveraging(Strategy):
         self._note("update", round_, rejection.site, decision=f"rejected: {rejection.reason}")
 
     def _note(self, event: str, round_: int, site: str, **fields: Any) -> None:
-        """One line in the audit log of a real federation: who, under which key, for which run and round, decided how."""
+        """One line in a real federation's audit log: who, under which key, for which run and round, decided how."""
         if self.membership is not None:
             key = self._key_of(site)
             self.membership.note(event, run=self.plan.run_id, round=round_, site=site, key=key, **fields)

@@ -109,7 +109,7 @@ def say(**changes: Any) -> Callable[[RecordDict], RecordDict]:
 
 
 def put(value: float, name: str | None = None, rehash: bool = True) -> Callable[[RecordDict], RecordDict]:
-    """One value in the first array, or an array more; the update names the new arrays' hash unless `rehash` is False."""
+    """One value in the first array, or an array more; the update names the hash of what is sent, unless told not to."""
 
     def change(content: RecordDict) -> RecordDict:
         arrays = dict(content.array_records["delta"])

@@ -37,7 +37,7 @@ def plan_of(rounds: int = 3, **changes: Any) -> RunPlan:
         training=TrainingConfig(batch_size=2),
         sampling=SamplingConfig(steps=1),
     )
-    plan = RunPlan("glioma-1", "tiny", StrategyConfig(), dict(ROSTER), task, quorum=2, engine="flower")
+    plan = RunPlan("glioma-1", "tiny", StrategyConfig(), dict(ROSTER), task, quorum=2, engine="network")
     return replace(plan, **changes)
 
 

@@ -17,6 +17,7 @@ import pytest
 import client
 import medsegdiff
 from client import scrub
+from client.contract import ContractError
 from client.keys import SiteKeys
 from client.policy import Refusal
 from client.scrub import CaseName, FederationLog, Public, federation_logging, reduced
@@ -135,7 +136,7 @@ def test_our_log_calls_have_their_text_in_the_code() -> None:
 
 
 def test_an_exception_is_reduced_to_class_and_line(federation) -> None:
-    """As an argument and as what `exception` adds; causes by their classes; the text of a refusal passes."""
+    """As an argument and as what `exception` adds; causes by their classes; what speaks of runs passes."""
     try:
         try:
             fail()
@@ -146,12 +147,14 @@ def test_an_exception_is_reduced_to_class_and_line(federation) -> None:
         SITE.exception("unexpected")
         SITE.error("unexpected", exc_info=error, stack_info=True)
     SITE.warning("%s", Refusal("outside-hours", "run trial-1: it is 12:00."))
-    first, second, third, fourth = written(federation).splitlines()
+    SITE.error("%s", ContractError("the record 'task' is missing"))
+    first, second, third, fourth, fifth = written(federation).splitlines()
     for line in (first, second, third):
         assert "medsegdiff.errors.UserError (from ValueError) at" in line
         assert "client/test_scrub.py:" in line
         assert line.endswith("for names, run medsegfed doctor at the site's terminal")
     assert fourth.endswith("run trial-1: it is 12:00.")
+    assert fifth.endswith("the record 'task' is missing")
 
 
 def test_the_line_named_is_ours() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import json
 import socket
 import ssl
 import threading
@@ -33,7 +34,7 @@ def renewal_server(federation: Federation, answer: Answer | None = None) -> Iter
         try:
             return 200, answer_renewal(federation, site, body)
         except UserError as error:
-            return 403, str(error).encode()
+            return 403, json.dumps({"reason": str(error)}).encode()
 
     reply = answer or by_register
     served = Served(0)

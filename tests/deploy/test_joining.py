@@ -412,7 +412,7 @@ def test_a_kit_that_could_not_be_used_is_not_made(federation: Federation, site: 
     """federation.yaml names a host that the server's certificate does not hold: no site could connect."""
     text = federation.config_file.read_text()
     federation.config_file.write_text(text.replace('["127.0.0.1"]', '["fed.example.org"]'))
-    with pytest.raises(UserError, match=r"medsegfed renew --server"):
+    with pytest.raises(UserError, match=r"medsegfed renew --folder"):
         admit(open_federation(federation.folder), request_file)
     assert federation.members() == {}
 

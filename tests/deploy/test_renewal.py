@@ -238,7 +238,7 @@ def test_a_refusal_is_passed_on(federation: Federation, site: Path) -> None:
         members["alder"] = replace(members["alder"], status="suspended")
     with renewal_server(federation) as served:
         at_port(site, served.port)
-        refuses(site, "alder is suspended")
+        refuses(site, r"answered 403 \(alder is suspended")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -67,14 +68,14 @@ def test_a_description_beside_the_file_and_a_choice_of_sites(tmp_path) -> None:
 )
 def test_a_wrong_run_file_is_answered_by_its_fault(tmp_path, old, new, message) -> None:
     """Each before anything is written."""
-    with pytest.raises(UserError, match=message.replace("(", "\\(")):
+    with pytest.raises(UserError, match=re.escape(message)):
         resolve_run(written(tmp_path, RUN.replace(old, new)), MEMBERS)
     assert not (tmp_path / "runs").exists()
 
 
 def test_without_members_nobody_could_train(tmp_path) -> None:
     """Said, with what to do."""
-    with pytest.raises(UserError, match="no site is admitted yet.*medsegfed admit"):
+    with pytest.raises(UserError, match=r"no site is admitted yet.*medsegfed admit"):
         resolve_run(written(tmp_path), {})
 
 

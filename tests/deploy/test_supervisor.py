@@ -220,7 +220,9 @@ def test_order_of_start_and_stop(team: Team, tmp_path: Path) -> None:
     team.start(
         Child(name="link", command=python(SLEEP), log=tmp_path / "a", ready=gate.exists),
         Child(name="exec", command=python(SLEEP), log=tmp_path / "b", after=("link",)),
-        Child(name="gateway", command=python(SLEEP), log=tmp_path / "c", after=("link", "exec")),
+        Child(
+            name="gateway", command=python(SLEEP), log=tmp_path / "c", after=("link", "exec"), restart_with=("link",)
+        ),
     )
     until(lambda: team.told("started", "link"))
     time.sleep(0.2)
@@ -228,6 +230,7 @@ def test_order_of_start_and_stop(team: Team, tmp_path: Path) -> None:
     gate.touch()
     until(lambda: team.told("ready", "gateway"))
     team.supervisor.stop()
+    assert {facts["reason"] for facts in team.told("ending")} == {"stopping"}
     assert [facts["child"] for facts in team.told("ready")] == ["link", "exec", "gateway"]
     assert [facts["child"] for facts in team.told("exited")] == ["gateway", "exec", "link"]
     assert [facts["child"] for facts in team.told("stopped")] == ["gateway", "exec", "link"]

@@ -72,7 +72,7 @@ def test_a_finished_run(tmp_path) -> None:
     assert report["seconds"] == {"total": 201.0, "train": 162.0, "evaluate": 12.0, "overhead": 27.0}
     assert report["progress"] == {"state": "finished", "committed": 3, "scored": 3}
     assert report["model"]["hash"] == model_of_the_end()[1]
-    assert (report["engine"], report["cross_site"], report["hardware"]) == ("flower", None, None)
+    assert (report["engine"], report["cross_site"], report["hardware"]) == ("network", None, None)
     assert len(report["history"]) == 9
 
 
@@ -134,6 +134,7 @@ def test_a_run_that_goes_on_says_so(tmp_path) -> None:
     [
         ([], "The run has not begun. Of 10 rounds, none is committed yet."),
         (beginning(), "The run goes on. Of 10 rounds, none is committed yet."),
+        (story(2, finished=False)[:6], "The run goes on. 1 of 10 rounds over 3 sites, not scored yet."),
         ([*story(1, finished=False), told("stopped", by="x")], "The run was stopped before its end. After 1 of"),
         ([*story(1, finished=False), told("below_quorum", round=2)], "The run broke off before its end. After 1 of"),
         ([*story(1, finished=False), told("paused", round=2)], "The run waits for its sites. After 1 of 10"),

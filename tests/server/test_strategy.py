@@ -11,14 +11,12 @@ from fake_sites import FakeSites, delta_of, on, put, run, say
 from flwr.app import Error, Message, MessageType, RecordDict
 from torch import Tensor
 
-from client.contract import arrays_to_wire
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
 from medsegdiff.weights import hash_weights, initial_weights, load_model
 from server.checkpoints import CheckpointStore
 from server.config import RunPlan
 from server.journal import Journal
-from server.strategy import FederatedAveraging
 
 ALL = {"alder": 3, "birch": 2, "elm": 1}
 
