@@ -94,8 +94,16 @@ def room_on_gpu(device: torch.device) -> int:
 def room_on_cpu(system: Path = Path("/")) -> int | None:
     """Bytes that a batch may take: a quarter of the machine's memory, half of what is left of it if that is less.
 
-    The first is the same on every run. What a control group (a container, a service) may use counts as the machine's.
-    None where the system does not tell (it is no Linux).
+    The first is the same on every run. None where the system does not tell (it is no Linux).
+    """
+    found = machine_memory(system)
+    return None if found is None else max(0, min(found[0] // 4, found[1] // 2))
+
+
+def machine_memory(system: Path = Path("/")) -> tuple[int, int] | None:
+    """Bytes of memory, and those that are free; None where the system does not tell (it is no Linux).
+
+    What a control group (a container, a service) may use counts as the machine's.
     """
     try:
         lines = (system / "proc/meminfo").read_text().splitlines()
@@ -105,7 +113,7 @@ def room_on_cpu(system: Path = Path("/")) -> int | None:
         return None
     for limit, used in _control_groups(system):
         total, free = min(total, limit), min(free, limit - used)
-    return max(0, min(total // 4, free // 2))
+    return total, free
 
 
 def _control_groups(system: Path) -> Iterator[tuple[int, int]]:
