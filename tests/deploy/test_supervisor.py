@@ -362,10 +362,28 @@ print("ended", flush=True)
 """
 
 
-def start_server(folder: Path, *commands: tuple[str, tuple[str, ...]], grace: float = 5.0) -> subprocess.Popen[str]:
-    """A supervisor as a process of its own."""
-    code = SERVER.format(root=str(ROOT), folder=str(folder), commands=list(commands), grace=grace)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Start]:
+    """Start a supervisor as a process of its own, in the test's folder; whatever goes wrong, nobody is left."""
+    started = []
+
+    def start(*commands: tuple[str, tuple[str, ...]], grace: float = 5.0) -> subprocess.Popen[str]:
+        code = SERVER.format(root=str(ROOT), folder=str(tmp_path), commands=list(commands), grace=grace)
+        started.append(
+            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+        )
+        return started[-1]
+
+    yield start
+    record = tmp_path / "state" / "supervisor.json"
+    left = json.loads(record.read_text()) if record.exists() else {}
+    for process in started:
+        process.kill()
+        process.communicate()
+    guard.end(left, grace=0, just_now=True)
 
 
 def family(folder: Path, size: int) -> list[int]:
@@ -379,10 +397,10 @@ def family(folder: Path, size: int) -> list[int]:
 
 
 @pytest.mark.parametrize("blow", ["supervisor", "supervisor and watch"])
-def test_killed_supervisor(tmp_path: Path, blow: str) -> None:
+def test_killed_supervisor(tmp_path: Path, start_server: Start, blow: str) -> None:
     """kill -9 takes along the children, at once, and their stubborn grandchildren; or the next start ends those."""
     pids = tmp_path / "pids"
-    server = start_server(tmp_path, ("a", python(SLEEP)), ("b", python(forks(True, pids))))
+    server = start_server(("a", python(SLEEP)), ("b", python(forks(True, pids))))
     everyone = family(tmp_path, 3)
     (grandchild,) = until(lambda: read_pids(pids))
     record = tmp_path / "state" / "supervisor.json"
@@ -397,7 +415,7 @@ def test_killed_supervisor(tmp_path: Path, blow: str) -> None:
     if blow != "supervisor":
         os.kill(watches[0], signal.SIGKILL)
         assert alive(grandchild)
-        again = start_server(tmp_path, ("a", python(SLEEP)))
+        again = start_server(("a", python(SLEEP)))
         family(tmp_path, 1)
         again.terminate()
         assert f"stale_ended {{'child': None, 'pid': {grandchild}}}" in again.communicate(timeout=10)[0]
@@ -406,9 +424,9 @@ def test_killed_supervisor(tmp_path: Path, blow: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signals_end_everything(tmp_path: Path, number: signal.Signals) -> None:
+def test_signals_end_everything(tmp_path: Path, start_server: Start, number: signal.Signals) -> None:
     """The usual ways to end a process end the children, in reverse order, and leave nobody."""
-    server = start_server(tmp_path, ("a", python(SLEEP)), ("b", python(SLEEP)))
+    server = start_server(("a", python(SLEEP)), ("b", python(SLEEP)))
     everyone = family(tmp_path, 2)
     watches = [p.pid for p in guard.processes() if p.parent == server.pid and p.pid not in everyone]
     server.send_signal(number)
@@ -420,9 +438,9 @@ def test_signals_end_everything(tmp_path: Path, number: signal.Signals) -> None:
     assert read_status(tmp_path / "state") is None
 
 
-def test_a_second_signal_leaves_out_the_grace(tmp_path: Path) -> None:
+def test_a_second_signal_leaves_out_the_grace(tmp_path: Path, start_server: Start) -> None:
     """Ctrl-C twice: a child that ignores the first is not waited for."""
-    server = start_server(tmp_path, ("mule", python(STUBBORN.format(str(tmp_path / "up")))), grace=60)
+    server = start_server(("mule", python(STUBBORN.format(str(tmp_path / "up")))), grace=60)
     until((tmp_path / "up").exists)
     server.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
