@@ -4,7 +4,7 @@
     site.py          the hospital's list       coordinator.py   the coordinator's
     connection.py    DNS, proxy, TCP           network.py       TLS, the site's certificate, the clock
     credentials.py   keys and certificates     machine.py       disk, memory, versions, environment
-    dataset.py       the site's data           reading.py       one case of it
+    dataset.py       the site's data           reading.py       its table, and one case
 
 Every check is independent: one that crashes or hangs is a failed line, and the others go on. The report holds counts,
 fixed words and keyed hashes, so that a hospital may mail it; names of cases and files appear with `names` alone.

@@ -10,17 +10,16 @@ import math
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from deploy.doctor.checks import Check, Names, counted, gibibytes
-from deploy.doctor.reading import UNDECLARED, Seen, look_at
+from deploy.doctor.reading import UNDECLARED, Seen, look_at, why_not_open
 from medsegdiff.data.cases import Dataset, DatasetConfig
 from medsegdiff.data.dataset import open_dataset
-from medsegdiff.data.folder import read_cases_csv
 from medsegdiff.errors import UserError
 from medsegdiff.progress import Progress, report
 
@@ -87,53 +86,8 @@ def _open(folder: Path, names: Names) -> tuple[Dataset | None, Check]:
     try:
         return open_dataset(folder), Check("dataset", "ok", "")
     except UserError as error:
-        fault = str(error) if names.shown else _why_not_open(folder)
+        fault = str(error) if names.shown else why_not_open(folder)
         return None, Check("dataset", "fail", fault, f"Mend it, or mend `data` in site.yaml.{help_}")
-
-
-def _why_not_open(folder: Path) -> str:
-    """Why a folder is no dataset, in fixed words and counts."""
-    if not folder.is_dir():
-        return "the data folder of site.yaml is not there, or may not be read"
-    table = folder / "cases.csv"
-    if not table.is_file():
-        here = "with" if (folder / "dataset.json").is_file() else "without"
-        return f"the data folder holds no cases.csv and is no nnU-Net or Decathlon folder ({here} a dataset.json)"
-    if not (folder / "dataset.yaml").is_file():
-        return "cases.csv is there, dataset.yaml is not: labels and channels are unknown"
-    try:
-        cases = read_cases_csv(table)
-    except UserError:
-        return "cases.csv cannot be read: a column, a patient_id or another field is missing or wrong"
-    if not cases:
-        return "cases.csv names no case"
-    twice = _repeated(Counter(case.case_id for case in cases))
-    sites = _several((case.patient_id, case.site) for case in cases)
-    owners = _several((case.volume_id, case.patient_id) for case in cases if case.volume_id)
-    doubled = _repeated(Counter((case.volume_id, case.slice_index) for case in cases if case.volume_id))
-    faults = [
-        f"{counted(count, one)} {what}"
-        for count, one, what in (
-            (twice, "case_id", "more than once"),
-            (sites, "patient", "at two sites"),
-            (owners, "volume", "of two patients"),
-            (doubled, "slice", "twice in its volume"),
-        )
-        if count
-    ]
-    return f"cases.csv contradicts itself: {', '.join(faults)}" if faults else "dataset.yaml cannot be read"
-
-
-def _repeated(counts: Counter[Any]) -> int:
-    return sum(count > 1 for count in counts.values())
-
-
-def _several(pairs: Iterable[tuple[Any, Any]]) -> int:
-    """How many keys come with more than one value."""
-    found: defaultdict[Any, set[Any]] = defaultdict(set)
-    for key, value in pairs:
-        found[key].add(value)
-    return sum(len(values) > 1 for values in found.values())
 
 
 def _dataset_check(dataset: Dataset, seen: Sequence[Seen], seconds: float, expected: Expectations) -> Check:

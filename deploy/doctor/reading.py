@@ -1,4 +1,4 @@
-"""One case of a dataset, read once and reduced to what the checks need; its voxels are let go.
+"""A dataset's table and its cases, each read once and reduced to what the checks need; voxels are let go.
 
 The readers are those of training, so a case that training would leave out shows the same fault here. A fault is counted
 by its kind, one of a fixed few: the reader's own text may hold the name of a file.
@@ -8,17 +8,67 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from deploy.doctor.checks import counted
 from medsegdiff.data.cases import Case, DatasetConfig
+from medsegdiff.data.folder import read_cases_csv
 from medsegdiff.data.guard import DataFileError, format_of
 from medsegdiff.data.images import Volume, read_image, read_mask
+from medsegdiff.errors import UserError
 
 UNDECLARED = "mask value that no label declares"
+
+
+def why_not_open(folder: Path) -> str:
+    """Why a folder is no dataset, in fixed words and counts."""
+    if not folder.is_dir():
+        return "the data folder of site.yaml is not there, or may not be read"
+    table = folder / "cases.csv"
+    if not table.is_file():
+        here = "with" if (folder / "dataset.json").is_file() else "without"
+        return f"the data folder holds no cases.csv and is no nnU-Net or Decathlon folder ({here} a dataset.json)"
+    if not (folder / "dataset.yaml").is_file():
+        return "cases.csv is there, dataset.yaml is not: labels and channels are unknown"
+    try:
+        cases = read_cases_csv(table)
+    except UserError:
+        return "cases.csv cannot be read: a column, a patient_id or another field is missing or wrong"
+    if not cases:
+        return "cases.csv names no case"
+    twice = _repeated(Counter(case.case_id for case in cases))
+    sites = _several((case.patient_id, case.site) for case in cases)
+    owners = _several((case.volume_id, case.patient_id) for case in cases if case.volume_id)
+    doubled = _repeated(Counter((case.volume_id, case.slice_index) for case in cases if case.volume_id))
+    faults = [
+        f"{counted(count, one)} {what}"
+        for count, one, what in (
+            (twice, "case_id", "more than once"),
+            (sites, "patient", "at two sites"),
+            (owners, "volume", "of two patients"),
+            (doubled, "slice", "twice in its volume"),
+        )
+        if count
+    ]
+    return f"cases.csv contradicts itself: {', '.join(faults)}" if faults else "dataset.yaml cannot be read"
+
+
+def _repeated(counts: Counter[Any]) -> int:
+    return sum(count > 1 for count in counts.values())
+
+
+def _several(pairs: Iterable[tuple[Any, Any]]) -> int:
+    """How many keys come with more than one value."""
+    found: defaultdict[Any, set[Any]] = defaultdict(set)
+    for key, value in pairs:
+        found[key].add(value)
+    return sum(len(values) > 1 for values in found.values())
 
 
 @dataclass
