@@ -407,13 +407,16 @@ def test_killed_supervisor(tmp_path: Path, start_server: Start, blow: str) -> No
     until(lambda: f"{grandchild}," in record.read_text())
     watches = [p.pid for p in guard.processes() if p.parent == server.pid and p.pid not in everyone]
     assert len(watches) == 1
+    try:
+        if blow != "supervisor":
+            os.kill(watches[0], signal.SIGSTOP)  # killed, it would be started again
+        server.kill()
+        server.wait()
+        until(lambda: [pid for pid in everyone if alive(pid)] in ([], [grandchild]), 2)
+    finally:
+        if blow != "supervisor":
+            os.kill(watches[0], signal.SIGKILL)
     if blow != "supervisor":
-        os.kill(watches[0], signal.SIGSTOP)
-    server.kill()
-    server.wait()
-    until(lambda: [pid for pid in everyone if alive(pid)] in ([], [grandchild]), 2)
-    if blow != "supervisor":
-        os.kill(watches[0], signal.SIGKILL)
         assert alive(grandchild)
         again = start_server(("a", python(SLEEP)))
         family(tmp_path, 1)
