@@ -265,7 +265,7 @@ def install_config(state: Path, text: str) -> Path:
     return config
 
 
-def reload(config: Path, pid: int, cut_after: float = CUT_SECONDS) -> None:
+def reload(config: Path, pid: int, cut_after: float | None = CUT_SECONDS) -> None:
     """Have the running nginx take up its changed configuration, certificates and revocation list.
 
     Connections that stand were let in by the old ones. Idle ones end at once, since old workers close them. Requests
@@ -273,7 +273,8 @@ def reload(config: Path, pid: int, cut_after: float = CUT_SECONDS) -> None:
 
     Args:
         pid: of the master: the supervisor's child.
-        cut_after: more where nobody was revoked: the upload of a site on a slow line would have to begin again.
+        cut_after: None where nobody was revoked: old workers are then left to finish, for 200 seconds at most, and this
+            returns at once. Cut off, the upload of a site on a slow line would have to begin again.
 
     Raises:
         UserError: no gateway runs under this number, nginx refuses the configuration, or did not take it up.
@@ -292,6 +293,8 @@ def reload(config: Path, pid: int, cut_after: float = CUT_SECONDS) -> None:
                 "had. Its log says why: logs/gateway.log."
             )
         time.sleep(0.05)
+    if cut_after is None:
+        return
     deadline = time.monotonic() + cut_after
     while old & _workers(pid):
         if time.monotonic() > deadline:

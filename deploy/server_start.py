@@ -43,7 +43,6 @@ from server.journal import Journal
 log = logging.getLogger("medsegfed.supervisor")
 
 MEMORY_MIB = 16_384  # of the SuperLink: an authenticated site can fill it in steps of 8 MiB; beyond it is started anew
-UNHURRIED_SECONDS = 200.0  # for uploads under way when the gateway is reloaded and nobody was revoked
 LOOK_SECONDS = 5.0  # between looks whether the server's certificate was renewed
 
 Events = Callable[[str, dict[str, Any]], None]
@@ -147,7 +146,7 @@ class Server:
             hurry, self._revoked = bool(out - self._revoked), out
             pid = self.supervisor.status()["gateway"]["pid"]
             if pid is not None:
-                reload(self.config, pid, CUT_SECONDS if hurry else UNHURRIED_SECONDS)
+                reload(self.config, pid, CUT_SECONDS if hurry else None)
         self.tell("gateway_reloaded", {"revoked": sorted(out)} if hurry else {})
 
     def connect(self) -> Control:

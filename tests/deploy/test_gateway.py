@@ -11,7 +11,6 @@ import ssl
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -521,6 +520,10 @@ def test_revocation_ends_open_connections(own: Scene) -> None:
         assert other.post("/v1/fleet/pull-messages", b"x", **{"flwr-public-key": own.b.node_key}) == 200
         busy.head("/v1/fleet/push-object", 1000, **headers)
         busy.send("x")
+        reload(gateway.config, gateway.process.pid, cut_after=None)  # somebody was admitted just before
+        assert idle.ended(1)
+        idle = gateway.connect(own.a)
+        assert idle.post("/v1/fleet/pull-messages", b"x", **headers) == 200
         session = idle.socket.session
         own.world.revoke(own.a.serial)
         assert gateway.ask(own.a, "pull-messages") == 200, "the list alone, without a reload, changes nothing"
@@ -550,8 +553,9 @@ def test_members_come_and_go_with_a_reload(own: Scene) -> None:
         assert gateway.ask(newcomer, "activate-node") == 403
         gateway.install(node_keys={site.name: site.node_key for site in (own.a, newcomer)})
         before = {worker.pid for worker in gateway.workers()}
-        threading.Timer(0.5, lambda: upload.send("x")).start()
-        reload(gateway.config, gateway.process.pid, cut_after=20)
+        reload(gateway.config, gateway.process.pid, cut_after=None)
+        assert before & {worker.pid for worker in gateway.workers()}, "a slow upload must not hold up the next reload"
+        upload.send("x")
         assert upload.status() == 200
         until(lambda: not before & {worker.pid for worker in gateway.workers() if worker.state != "Z"})
         assert gateway.ask(newcomer, "activate-node") == 200
