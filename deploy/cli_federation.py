@@ -266,7 +266,7 @@ def status(
 
     federation = open_federation(folder)
     if follow:
-        raise typer.Exit(watch(federation, name))
+        raise typer.Exit(watch(federation, name, as_json))
     show(federation, name, as_json)
 
 

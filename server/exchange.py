@@ -121,31 +121,40 @@ class Exchange:
         """
         question = _Round(kind, records, str(round_))
         started = quiet_since = last_came = time.monotonic()
-        paused = False
+        paused = told_late = False
         while True:
             self._look()
-            self._send(question)
+            known = len(self.sites)
+            moved = self._send(question)  # something came about that the round is about
             came = False
             for site, reply in self._pull(question):
                 came = True
                 if site is not None:
+                    moved = True
                     yield site, reply
+            moved = moved or len(self.sites) > known
             missing = [site for site in self.plan.roster if self.is_member(site) and site not in question.answered]
             now = time.monotonic()
             late = now - started > self.plan.deadline_seconds
-            if came or self._pending:
+            if moved or self._owed():
                 quiet_since = now
+            if paused and moved:
+                self.journal.append("resumed", round=round_)
+                paused, told_late = False, told_late or late
             if not missing or (met() and (late or now - quiet_since > absence_seconds)):
                 break
             if not self.patient and (late or (self._online and not self._pending and not came)):
                 break
-            if self.patient and not paused and not met() and (late or now - quiet_since > absence_seconds):
-                paused = self._tell_pause(round_, missing)
+            if (
+                self.patient
+                and not paused
+                and not met()
+                and ((late and not told_late) or now - quiet_since > absence_seconds)
+            ):
+                paused, told_late = self._tell_pause(round_, missing), late
             last_came = now if came else last_came
             if not came:
                 time.sleep(POLL_SECONDS if now - last_came < IDLE_AFTER_SECONDS else IDLE_POLL_SECONDS)
-        if paused:
-            self.journal.append("resumed", round=round_)
         self._pending = {i: (n, q) for i, (n, q) in self._pending.items() if q.site is None}
 
     # --- who is there -------------------------------------------------------------------------------------------------
@@ -191,8 +200,16 @@ class Exchange:
 
     # --- questions and replies ----------------------------------------------------------------------------------------
 
-    def _send(self, round_state: _Round) -> None:
-        """Introductions to strangers, the round's question to every site that owes an answer and has not been asked."""
+    def _owed(self) -> bool:
+        """Whether somebody works on an answer; one who has refused to introduce himself does not."""
+        return any(q.site is not None or node not in self._retry for node, q in self._pending.values())
+
+    def _send(self, round_state: _Round) -> bool:
+        """Introductions to strangers, the round's question to every site that owes an answer and has not been asked.
+
+        Returns:
+            Whether a site was asked the round's question.
+        """
         now = time.monotonic()
         asked = {(node, q.site is None, q.activation) for node, q in self._pending.values()}
         messages: list[tuple[Message, _Question]] = []
@@ -214,12 +231,13 @@ class Exchange:
                 message = Message(content, node, round_state.kind, group_id=round_state.group)
                 messages.append((message, _Question(site, activation)))
         if not messages:
-            return
+            return False
         messages.sort(key=lambda pair: pair[1].site or "")  # site order: a simulation trains in it
         ids = self.grid.push_messages([message for message, _ in messages])
         for message_id, (message, question) in zip(ids, messages, strict=False):
             if message_id is not None:
                 self._pending[message_id] = (message.metadata.dst_node_id, question)
+        return any(question.site is not None for _, question in messages)
 
     def _pull(self, round_state: _Round) -> Iterator[tuple[str | None, Message]]:
         """Replies that are here, one at a time; the site is None for what does not count in the round."""

@@ -246,6 +246,24 @@ def test_a_refusal_is_told_once_and_asked_again_until_it_is_lifted(scene) -> Non
     assert 7 <= s.network.count("elm", "query") <= 9
 
 
+def test_a_site_that_never_approves_does_not_hold_the_others_up(scene) -> None:
+    """With the quorum, a refusing site is waited for no longer than one that is offline."""
+    s = scene(quorum=2)
+    s.network["elm"].answer = only(MessageType.QUERY, Error(REFUSED, "not-approved: x"))
+    assert s.ask() == ["alder", "birch"]
+    assert 1060 <= s.clock.now < 1065
+
+
+def test_a_round_that_is_late_says_so_once(scene) -> None:
+    """Elm works for two deadlines, then answers: one line that it is waited for, one that the run goes on."""
+    s = scene()
+    slow = [True]
+    s.network["elm"].answer = lambda m: None if m.metadata.message_type == "train" and slow[0] else greet(m)
+    s.clock.after(1200, lambda: slow.__setitem__(0, False))
+    assert s.ask() == ["alder", "birch", "elm"]
+    assert [len(s.told(event)) for event in ("paused", "resumed")] == [1, 1]
+
+
 def test_below_the_quorum_the_run_says_so_and_goes_on_when_sites_return(scene) -> None:
     """Two of three are gone for longer than the deadline: one line that names them, no end, then all three count."""
     s = scene()
