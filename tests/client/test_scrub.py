@@ -209,11 +209,15 @@ def test_a_handler_that_comes_later_sees_no_more(federation) -> None:
         logger.warning("node %s", SECRET)
         SITE.addHandler(handler)
         SITE.warning("%s", SECRET)
+        fail()
+    except ValueError:
+        SITE.exception("unexpected", stack_info=True)
     finally:
         logger.removeHandler(handler)
         SITE.removeHandler(handler)
     assert SECRET not in stream.getvalue()
     assert stream.getvalue().count("withheld") == 2
+    assert len(stream.getvalue().splitlines()) == 3, "no traceback, no stack"
 
 
 def test_a_record_that_no_scrubber_saw_says_nothing(federation) -> None:
