@@ -23,7 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from deploy.child import guarded
 from deploy.processes import LOOPBACK, free_ports
+from deploy.runs import wanted
 from medsegdiff.errors import EXIT_CODE, UserError
 from medsegdiff.files import write_atomic
 from medsegdiff.strict import dump_yaml, plain
@@ -75,15 +77,23 @@ class Rehearsal:
 
     def prepare(self, recipe: Recipe, data: Path | None = None, port: int | None = None) -> None:
         """Make the hospitals, the federation, and every site's membership in it."""
+        self.make_sites(recipe, data)
+        self.make_federation(port)
+        for site in self.sites:
+            self.admit(site)
+
+    def make_sites(self, recipe: Recipe, data: Path | None = None) -> None:
+        """Make the hospitals."""
         self.folder.mkdir(parents=True)
         write_sites(recipe, data, self.folder / "sites", make_console())
         self.sites = {path.name: path for path in sorted((self.folder / "sites").iterdir())}
+
+    def make_federation(self, port: int | None = None) -> None:
+        """Make the federation, which has no members yet."""
         ports = free_ports(8)
         names = [word for host in self.hosts for word in ("--host", host)]
         self.command("", "init", "rehearsal", *names, "--port", str(port or ports[0]), "--folder", str(self.server))
         self.change(self.server / "federation.yaml", "internal_port: 18100", f"internal_port: {_run_of_ports()}")
-        for site in self.sites:
-            self.admit(site)
 
     def admit(self, site: str, patients: int = 1000) -> None:
         """One site's way into the federation: keys and request there, admission here, kit there."""
@@ -104,11 +114,11 @@ class Rehearsal:
         write_atomic(path, text.replace(old, new).encode())
 
     def start(self, place: str) -> None:
-        """Start the server or a site, and leave it running."""
+        """Start the server or a site, and leave it running; it does not outlive this process, however that ends."""
         verb = ("server", "start", "--folder", str(self.server)) if place == "server" else ("site", "start")
         with open(self.folder / f"{place}.log", "ab") as log:
             self._started[place] = subprocess.Popen(
-                [*self.enter(place), *self._program(), *verb],
+                [*guarded("exec", str(os.getpid())), *self.enter(place), *self._program(), *verb],
                 stdout=log, stderr=log, cwd=self._place(place), env=self._env(place), start_new_session=True,
             )  # fmt: skip
 
@@ -134,15 +144,22 @@ class Rehearsal:
             for place in reversed(list(self._started)):
                 self.stop(place)
 
-    def run_file(self, recipe: Recipe, **changes: Any) -> Path:
-        """RUN.yaml for the recipe's run, as a coordinator would write it."""
-        dataset = plain(recipe.world.phantoms) and next(iter(self.sites.values())) / "data" / "dataset.yaml"
-        described = str(dataset) if dataset else recipe.world.dataset
-        asked = {"name": recipe.name, "seed": recipe.seed, "dataset": described, "run": plain(recipe.run)}
-        if recipe.world.targets:
-            asked["targets"] = plain(recipe.world.targets)
-        asked["run"] |= changes
-        path = self.folder / "RUN.yaml"
+    def run_file(
+        self, recipe: Recipe, name: str | None = None, sites: Sequence[str] | None = None, **changes: Any
+    ) -> Path:
+        """RUN.yaml for the recipe's run, as a coordinator would write it.
+
+        Args:
+            name: in place of the recipe's.
+            sites: who takes part; default: all admitted sites.
+            changes: of the recipe's `run` section.
+        """
+        name = name or recipe.name
+        dataset = next(iter(self.sites.values())) / "data" / "dataset.yaml"  # with the recipe's targets
+        asked = {"name": name, "seed": recipe.seed, "dataset": str(dataset), "run": plain(recipe.run) | changes}
+        if sites is not None:
+            asked["sites"] = list(sites)
+        path = self.folder / f"{name}.run.yaml"
         write_atomic(path, dump_yaml(asked).encode())
         return path
 
@@ -163,18 +180,20 @@ class Rehearsal:
         """
         end = time.monotonic() + seconds
         while time.monotonic() < end:
+            going_on = wanted(self.server / "runs" / run)
             events = self.events(run)
             if true(events):
                 return events
-            if run_state(events) in ENDED:
+            if not going_on:
                 raise UserError(f"{what}: the run is {run_state(events)}: {events[-1]}")
             time.sleep(0.5)
         raise UserError(f"{what}: not within {seconds:.0f} s; see the logs in {self.folder}")
 
-    def approve(self, run_id: str) -> None:
+    def approve(self, run_id: str, sites: Sequence[str] | None = None) -> None:
         """Every site's data officer, each as soon as the run has asked there."""
-        with ThreadPoolExecutor(len(self.sites)) as officers:
-            list(officers.map(lambda site: self._approve(site, run_id), self.sites))
+        chosen = sites if sites is not None else tuple(self.sites)
+        with ThreadPoolExecutor(len(chosen)) as officers:
+            list(officers.map(lambda site: self._approve(site, run_id), chosen))
 
     def _approve(self, site: str, run_id: str) -> None:
         def asked(events: list[Event]) -> bool:
