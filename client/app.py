@@ -59,7 +59,8 @@ def train(message: Message, context: Context) -> Message:
             guard.admit(task, assignment.run, assignment.round)
             if (kept := guard.kept(assignment)) is not None:
                 return kept
-            guard.admit(task, assignment.run, assignment.round, trains=True)
+            patients = site.data(task).train_patients
+            guard.admit(task, assignment.run, assignment.round, patients, trains=True)
         weights = _model(message, task, assignment)
         update, delta = train_round(site, task, assignment, weights)
         content = release_update(update, delta, weights, guard.sign if guard is not None else None)
@@ -78,6 +79,7 @@ def evaluate(message: Message, context: Context) -> Message:
         assignment = from_wire(message.content, "assignment", Assignment)
         if guard is not None:
             guard.admit(task, assignment.run, assignment.round)
+            guard.admit_scoring(task, assignment, site.data(task).train_patients)
             guard.committed(assignment.run, assignment.round)
         scores = evaluate_site(site, task, assignment, _model(message, task, assignment))
         if guard is None:
@@ -89,13 +91,11 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context, work: Callable[[Site, TrainTask, Guard | None], RecordDict]) -> Message:
-    code = "fault"
+    code, guard = "fault", None
     try:
         site = open_site(site_file(context))
-        return Message(
-            work(site, from_wire(message.content, "task", TrainTask), guard_of(site)),
-            reply_to=message,
-        )
+        guard = guard_of(site)
+        return Message(work(site, from_wire(message.content, "task", TrainTask), guard), reply_to=message)
     except Refusal as refusal:
         code = refusal.code
         log.warning("%s", refusal)
@@ -106,6 +106,8 @@ def _answer(message: Message, context: Context, work: Callable[[Site, TrainTask,
         log.error("%s", error)
     except Exception:
         log.exception("unexpected fault while answering the server")
+    if guard is not None and code in ("fault", "incompatible"):
+        guard.note_fault(code)
     # File names and case names stay at home: the server learns a fixed sentence, the site's own log says more.
     return Message(Error(REFUSED, f"{code}: {REFUSALS[code]}"), reply_to=message)
 

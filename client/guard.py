@@ -14,17 +14,18 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from client.application import application_hash
-from client.approvals import task_hash
+from client.approvals import shown, task_hash
 from client.contract import Assignment, Presence, Scores, TrainTask, Update
 from client.keys import SiteKeys
 from client.outbox import Outbox
-from client.policy import check_policy
+from client.policy import SPARE_TRAININGS, check_policy
 from client.refusal import Refusal
 from client.site import Site, SiteConfig
 from medsegdiff.chained_log import ChainedLog
 from medsegdiff.errors import UserError
 
 AUDIT = "audit.jsonl"
+MOST_TOLD = 100  # refused runs that the audit log is told of: a server that invents names cannot fill the disk
 
 
 class Guard:
@@ -98,15 +99,35 @@ class Guard:
                 trainings=self.outbox.trainings(run) if round_ is not None and trains else 0,
             )
         except Refusal as refusal:
-            if self._told.get(run) != refusal.code:
+            if self._told.get(run) != refusal.code and len(self._told) < MOST_TOLD:
                 self._told[run] = refusal.code
-                self._note("refused", run, task, round=round_, decision=refusal.code)
+                self._note("refused", shown(run), task, round=round_, decision=refusal.code)
             raise
         self._told.pop(run, None)
+
+    def admit_scoring(self, task: TrainTask, assignment: Assignment, train_patients: int) -> None:
+        """Let a request to score pass, or refuse it: a round's model is scored, not as many models as a server likes.
+
+        Each model's averages say something of the held-out patients; a server may have as many as the run has rounds,
+        and a few more for rounds that were repeated.
+        """
+        self.admit(task, assignment.run, assignment.round, train_patients)
+        if not self.outbox.may_score(assignment.run, assignment.model_hash, task.rounds + SPARE_TRAININGS):
+            self._note("refused", assignment.run, task, round=assignment.round, decision="too-many-rounds")
+            raise Refusal(
+                "too-many-rounds", f"run {assignment.run}: asks for scores of ever more models."
+            )
+
+    def note_fault(self, code: str) -> None:
+        """Write to the audit log that a request was not answered; the site's log says where. Not at every repetition."""
+        if self._told.get("") != code:
+            self._told[""] = code
+            self.audit.append("not_answered", decision=code, application=self.application)
 
     def introduce(self, presence: Presence, task: TrainTask) -> Presence:
         """The site's introduction, with what proves what runs here. Raises Refusal for too few patients."""
         self.admit(task, presence.run, train_patients=presence.train_patients)
+        self._told.pop("", None)
         self._note("introduced", presence.run, task, patients=presence.train_patients, decision="answered")
         return replace(presence, application=self.application, audit_head=self.audit.head)
 

@@ -76,6 +76,23 @@ class Outbox:
     def _count(self, run: str) -> None:
         write_atomic(self.folder / run / "trainings", str(self.trainings(run) + 1).encode())
 
+    def may_score(self, run: str, model_hash: str, most: int) -> bool:
+        """Whether a model may be scored: one that was scored before, or one of at most `most` in a run."""
+        path = self.folder / run / "scored"
+        try:
+            known = path.read_text().split()
+        except FileNotFoundError:
+            known = []
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: cannot be read ({error}); nothing is scored. Restore it, or delete it."
+            ) from error
+        if model_hash not in known:
+            if len(known) >= most:
+                return False
+            write_atomic(path, "\n".join([*known, model_hash]).encode())
+        return True
+
     def forget(self, run: str, through: int) -> None:
         """Delete the updates of rounds up to `through`: the server has committed them."""
         for path in sorted((self.folder / run).glob("round-*.safetensors")):

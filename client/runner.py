@@ -142,7 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
         log.info("ready: application %s", guard.application)
         Runner(given.node, given.secret.read_bytes()).serve()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        log.error("%s", error)
+        print(f"error: {error}", file=sys.stderr)  # before the log was set up
         sys.exit(EXIT_CODE)
 
 

@@ -19,6 +19,8 @@ from typing import Any, Self
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from client.certificates import load_pair
+
 CERTIFICATE = "MEDSEGFED_CERTIFICATE"  # environment: PEM file with the site's TLS key and certificate
 LOOK_SECONDS = 2.0  # between looks whether the certificate was renewed
 
@@ -33,7 +35,7 @@ def client_context(ca: str, certificate: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(cadata=ca)
-    context.load_cert_chain(certificate)
+    load_pair(context, certificate)
     return context
 
 
@@ -63,7 +65,7 @@ def _follow(path: Path, context: ssl.SSLContext) -> None:
         try:
             stamp = path.stat().st_mtime_ns
             if stamp != seen:
-                context.load_cert_chain(path)
+                load_pair(context, path)
                 seen = stamp
         except (OSError, ssl.SSLError):
             continue  # replaced this very moment, or damaged: the loaded one goes on, doctor names the damage

@@ -59,7 +59,7 @@ class Server:
         self.renewal_secret = secrets.token_hex(32)
         self.config = self._configure()
         self.supervisor = Supervisor(self._children(), events, state=self.state)
-        self._revoked = self._out()
+        self._out_before = self._out()
         self._lock = threading.Lock()  # the keeper and the watch over the certificate may reload at once
 
     def _children(self) -> list[Child]:
@@ -136,14 +136,17 @@ class Server:
         return install_config(self.state, text)
 
     def _out(self) -> set[str]:
-        return {site for site, member in self.federation.members().items() if member.status != "admitted"}
+        """Who, and which certificates, may not come in."""
+        members = self.federation.members().values()
+        sites = {member.site for member in members if member.status != "admitted"}
+        return sites | {serial for member in members for serial in member.revoked}
 
     def apply(self) -> None:
         """Have the gateway take up members, revocation list and certificate as they are now."""
         with self._lock:
             self._configure()
             out = self._out()
-            hurry, self._revoked = bool(out - self._revoked), out
+            hurry, self._out_before = bool(out - self._out_before), out
             pid = self.supervisor.status()["gateway"]["pid"]
             if pid is not None:
                 reload(self.config, pid, CUT_SECONDS if hurry else None)

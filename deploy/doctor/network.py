@@ -17,6 +17,7 @@ from email.utils import parsedate_to_datetime
 
 from cryptography import x509
 
+from client.certificates import load_pair
 from deploy.doctor.checks import Check, plain_text
 from deploy.doctor.connection import Hindrance, Link, connect, read_answer, resolve, status_of
 
@@ -93,7 +94,7 @@ def _shake_hands(link: Link, connection: socket.socket, now: Callable[[], float]
     try:
         context.load_verify_locations(link.ca)
         if link.pair is not None:
-            context.load_cert_chain(link.pair)
+            load_pair(context, link.pair)
     except OSError:  # ssl.SSLError is one
         advice = "See the check 'certificates'. A new kit mends it: medsegfed join --kit FILE."
         raise Hindrance(name, "this site's CA, certificate or key cannot be loaded", advice) from None

@@ -212,6 +212,42 @@ def test_scoring_a_round_empties_the_outbox_up_to_it(hospital) -> None:
     assert site.audited("scores")[0]["patients"] == 1
 
 
+def test_no_more_models_are_scored_than_a_run_needs(hospital) -> None:
+    """A server that has ever other models scored would learn of the held-out patients; a repeated one is answered."""
+    site = hospital()
+    site.approve()
+    known = ["0" * 64] * (site.task.rounds + SPARE_TRAININGS - 1)
+    (site.folder / "outbox" / "run-1").mkdir(parents=True)
+    (site.folder / "outbox" / "run-1" / "scored").write_text("\n".join(known))
+
+    def score(seed: int) -> Message:
+        weights = initial_weights(site.task.model, seed)
+        asked = Assignment("run-1", 1, hash_weights(weights))
+        return site.ask(MessageType.EVALUATE, assignment=to_wire(asked), weights=arrays_to_wire(weights))
+
+    assert not score(1).has_error()
+    assert code(score(2)) == "too-many-rounds"
+    assert not score(1).has_error()
+
+
+def test_too_few_patients_are_found_at_every_question(hospital) -> None:
+    """A server that asks for training straight away, without an introduction, is refused all the same."""
+    site = hospital("{min_patients: 4}")
+    site.approve()
+    assert code(site.train()) == "too-few-patients"
+
+
+def test_invented_names_do_not_fill_the_audit_log(hospital) -> None:
+    """A hundred are told, however many there are; a fault is told once, not at every repetition."""
+    site = hospital()
+    for number in range(130):
+        site.ask(MessageType.QUERY, invitation=to_wire(Invitation(f"made-up-{number}", "n")))
+    assert len(site.audited("refused")) == 100
+    for _ in range(3):
+        assert code(site.ask(MessageType.QUERY)) == "fault"  # no invitation at all
+    assert len(site.audited("not_answered")) == 1
+
+
 def test_a_full_disk_sends_nothing(hospital, monkeypatch) -> None:
     """What cannot be written down before it leaves does not leave."""
     site = hospital()
