@@ -326,6 +326,24 @@ def test_the_same_sources_give_the_same_wheel(tmp_path: Path, project: Path) -> 
 
 
 @pytest.mark.slow
+def test_the_wheel_holds_every_file_of_the_packages(tmp_path: Path) -> None:
+    """Templates, recipes, descriptions, deployment files: what is missing here is noticed in the hospital otherwise."""
+    packages = [path for path in ROOT.iterdir() if (path / "__init__.py").is_file() and path.name not in NOT_SHIPPED]
+    due = {
+        path.relative_to(ROOT).as_posix()
+        for package in packages
+        for path in package.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    with zipfile.ZipFile(wheelhouse.build_own_wheel(ROOT, tmp_path)) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == due
+
+
+NOT_SHIPPED = ("tests", "benchmarks")
+
+
+@pytest.mark.slow
 def test_torch_comes_from_the_index_that_was_named(
     tmp_path: Path, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
