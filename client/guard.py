@@ -114,12 +114,10 @@ class Guard:
         self.admit(task, assignment.run, assignment.round, train_patients)
         if not self.outbox.may_score(assignment.run, assignment.model_hash, task.rounds + SPARE_TRAININGS):
             self._note("refused", assignment.run, task, round=assignment.round, decision="too-many-rounds")
-            raise Refusal(
-                "too-many-rounds", f"run {assignment.run}: asks for scores of ever more models."
-            )
+            raise Refusal("too-many-rounds", f"run {assignment.run}: asks for scores of ever more models.")
 
     def note_fault(self, code: str) -> None:
-        """Write to the audit log that a request was not answered; the site's log says where. Not at every repetition."""
+        """Tell the audit log that a request was not answered; the site's log says where. Not at every repetition."""
         if self._told.get("") != code:
             self._told[""] = code
             self.audit.append("not_answered", decision=code, application=self.application)
