@@ -25,6 +25,10 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy.alive import alive
+from deploy.child import Child
+from deploy.supervisor import Supervisor
+
 FILES = Path(__file__).parents[2] / "deploy" / "files"
 UNITS = ("medsegfed-server", "medsegfed-site")
 DROP_INS = {
@@ -361,6 +365,25 @@ def test_the_site_does_not_start_without_a_data_folder(tmp_path: Path) -> None:
     assert "the folder of the dataset" in verdict.stderr
 
 
+def test_a_container_is_well_while_its_supervisor_and_children_are(tmp_path: Path) -> None:
+    """What the health checks ask: nothing runs, all runs, one child does not get ready, all is over."""
+    sleeper = Child(name="sleeper", command=("sleep", "60"), log=tmp_path / "log")
+    stuck = Child(name="stuck", command=("sleep", "60"), log=tmp_path / "log", ready=lambda: False)
+    assert alive(tmp_path)[0] is False
+    for children, well in (([sleeper], True), ([sleeper, stuck], False)):
+        supervisor = Supervisor(children, lambda event, facts: None, state=tmp_path)
+        supervisor.start()
+        try:
+            deadline = time.monotonic() + 30
+            while alive(tmp_path)[1].count(" since ") < len(children) or "waiting" in alive(tmp_path)[1]:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert alive(tmp_path)[0] is well
+        finally:
+            supervisor.stop()
+    assert alive(tmp_path)[0] is False
+
+
 # Firewall and proxy
 
 
@@ -522,8 +545,9 @@ def test_the_proxy_lets_out_to_one_host_and_port(tmp_path: Path) -> None:
             ("ConnectPort 8443", f"ConnectPort {target}"),
             ("/etc/tinyproxy/tinyproxy-allowed.txt", f"{tmp_path}/allowed"),
         ):
-            assert old in text
+            assert text.count(old) == 1
             text = text.replace(old, new)
+        assert text.count("\nConnectPort") == text.count("\nAllow") == 1
         (tmp_path / "tinyproxy.conf").write_text(text)
         allowed = (FILES / "network" / "tinyproxy-allowed.txt").read_text()
         (tmp_path / "allowed").write_text(allowed.replace(r"fed\.example\.org", "localhost"))
