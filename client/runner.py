@@ -23,6 +23,7 @@ from flwr.common.constant import SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -81,18 +82,19 @@ class Runner:
         client = self._client(RuntimeVersionHttpInterceptor("flwr-clientapp"), RuntimeTokenHttpInterceptor(token))
         heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
         context: Context | None = None
-        status = SubStatus.FAILED
+        done = False
         try:
             heartbeat.start()
             message, context, _, _ = pull_task_input(client)  # the shipped bundle is let lie
             reply = self._answer(message, context)
             del message
             push_message(client, reply, context)
-            status = SubStatus.COMPLETED
-        except (httpx.HTTPError, RunNotRunningException, RuntimeError, ValueError) as error:
+            done = True
+        except (ObjectPullError, httpx.HTTPError, RunNotRunningException, RuntimeError, ValueError) as error:
             log.error("a task was lost on its way to or from the SuperNode (%s)", type(error).__name__)
         finally:
-            push_task_output(client, context, status, "")
+            if done:  # else: the claim on the task runs out, and the SuperNode, which would wait for ever, goes on
+                push_task_output(client, context, SubStatus.COMPLETED, "")
             if heartbeat.is_running:
                 heartbeat.stop()
             client.close()

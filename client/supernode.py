@@ -16,9 +16,10 @@ import threading
 from pathlib import Path
 from typing import Any, Self
 
-from flwr.supernode import fleet_http_connection
+from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from client.abandoned import tidied
 from client.certificates import load_pair
 
 CERTIFICATE = "MEDSEGFED_CERTIFICATE"  # environment: PEM file with the site's TLS key and certificate
@@ -76,6 +77,7 @@ def main() -> None:
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     setattr(fleet_http_connection, "FleetHttpClient", CertifiedFleetClient)  # noqa: B010 - a name of Flower's own
+    start_client_internal._pull_and_store_message = tidied(start_client_internal._pull_and_store_message)
     flower_supernode()
 
 
