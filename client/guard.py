@@ -25,6 +25,7 @@ from medsegdiff.chained_log import ChainedLog
 from medsegdiff.errors import UserError
 
 AUDIT = "audit.jsonl"
+REPEATABLE = 2  # committed rounds that the server may have to ask for again: it keeps three checkpoints
 MOST_TOLD = 100  # refused runs that the audit log is told of: a server that invents names cannot fill the disk
 
 
@@ -162,8 +163,11 @@ class Guard:
         )
 
     def committed(self, run: str, round_: int) -> None:
-        """The server has shown that it committed all rounds up to this one."""
-        self.outbox.forget(run, round_)
+        """The server has shown that it committed all rounds up to this one.
+
+        Its last checkpoints may be damaged before it goes on: it then repeats the rounds after the last good one.
+        """
+        self.outbox.forget(run, round_ - REPEATABLE)
 
     def note_scores(self, scores: Scores, task: TrainTask) -> None:
         """Write to the audit log that averages over held-out patients leave."""

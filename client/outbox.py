@@ -2,7 +2,8 @@
 
 An update is written here before it leaves. Until the server has committed the round, a repeated request for it is
 answered with the same bytes: no second training, and under privacy no second epsilon. That the round was committed
-shows in the next request: training for round r proves r - 1, scoring round r proves r.
+shows in the next request: training for round r proves r - 1, scoring round r proves r. The last two committed rounds
+stay, too: a server whose newest checkpoints were damaged goes back to the one before, and asks for them again.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from medsegdiff.chained_log import ChainedLog
+from medsegdiff.chained_log import ChainedLog, audit_lines
 from server.members import Member, read_members
 
 FEDERATION = "MEDSEGFED_FEDERATION"  # environment: the coordinator's federation folder
@@ -33,3 +33,10 @@ class Membership:
     def note(self, event: str, **fields: Any) -> None:
         """One line in the federation's audit log."""
         self._audit.append(event, **fields)
+
+    def has(self, event: str, **match: Any) -> bool:
+        """Whether the audit log has an entry of this kind with these fields. Reads all of it."""
+        return any(
+            line["event"] == event and all(line.get(name) == value for name, value in match.items())
+            for line in audit_lines(self._audit.path)
+        )

@@ -64,6 +64,7 @@ class FederatedAveraging(Strategy):
         self.model_hash = ""
         self.exchange: Exchange | None = None  # conversations over the grid of `start`
         self._usable = 0  # updates folded in the round at hand
+        self._needed = plan.required  # of them
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -90,7 +91,7 @@ class FederatedAveraging(Strategy):
         result = Result()
         for round_ in range(first, num_rounds + 1):
             if round_ > first:
-                self._usable = 0
+                self._usable, self._needed = 0, len(self._sites_before(round_)) or self.plan.required
                 self.aggregate_train(round_, self._train(round_))
             if self._due(round_) and self.journal.last("scores", round=round_, model_hash=self.model_hash) is None:
                 metrics = self.aggregate_evaluate(round_, self._evaluate(round_))
@@ -108,8 +109,20 @@ class FederatedAveraging(Strategy):
             self.store.save(checkpoint)
         if self.journal.last("round", round=checkpoint.round) is None:  # killed between the commit and its telling
             self.journal.append("round", **checkpoint.record)
+        if checkpoint.round and self.membership is not None:
+            done = {"run": self.plan.run_id, "round": checkpoint.round}
+            if not self.membership.has("committed", **done):
+                self._note_commit(checkpoint.record)
         self.weights, self.model_hash = checkpoint.weights, hash_weights(checkpoint.weights)
         return checkpoint.round
+
+    def _sites_before(self, round_: int) -> set[str]:
+        """Whose updates made this round when it was committed before, and its checkpoint was damaged since.
+
+        Later rounds stand on that commit at the sites: it has to come out the same, from the same sites.
+        """
+        before = self.journal.last("round", round=round_)
+        return set(before["accepted"]) if before is not None else set()
 
     def _due(self, round_: int) -> bool:
         return round_ > 0 and (round_ % self.plan.evaluate_every == 0 or round_ == self.plan.task.rounds)
@@ -126,7 +139,7 @@ class FederatedAveraging(Strategy):
         return self.exchange.ask(MessageType.EVALUATE, round_, self._records(round_), lambda: True, 0.0)
 
     def _enough(self) -> bool:
-        return self._usable >= self.plan.required
+        return self._usable >= self._needed
 
     # --- Flower's interface -------------------------------------------------------------------------------------------
 
@@ -154,7 +167,10 @@ class FederatedAveraging(Strategy):
         accepted: dict[str, dict[str, Any]] = {}
         rejected: dict[str, str] = {}
         received = 0
+        before = self._sites_before(server_round)
         for site, reply in replies:
+            if before and site not in before:
+                continue
             outcome = screen_update(reply, self._expected(site, server_round))
             if isinstance(outcome, Accepted):
                 outcome = self._fold(total, outcome)
@@ -265,19 +281,30 @@ class FederatedAveraging(Strategy):
             "absent": absent,
             "bytes": moved,
         }
+        before = self.journal.last("round", round=round_)
+        if before is not None and before["model_hash"] != record["model_hash"]:
+            raise UserError(
+                f"round {round_}: was committed with model {before['model_hash'][:12]}; repeated after its checkpoint "
+                f"was damaged, it comes out as {record['model_hash'][:12]}, and later rounds stand on the first. "
+                "Restore the run's checkpoints from a backup, or start a new run."
+            )
         self.store.save(Checkpoint(self.plan.run_id, round_, weights, record))
         self.weights, self.model_hash = weights, record["model_hash"]
         self.journal.append("round", **record)
         if self.membership is not None:
-            self.membership.note(
-                "committed",
-                run=self.plan.run_id,
-                round=round_,
-                model=self.model_hash,
-                accepted=sorted(accepted),
-                rejected=sorted(rejected),
-                absent=absent,
-            )
+            self._note_commit(record)
+
+    def _note_commit(self, record: dict[str, Any]) -> None:
+        assert self.membership is not None
+        self.membership.note(
+            "committed",
+            run=self.plan.run_id,
+            round=record["round"],
+            model=record["model_hash"],
+            accepted=sorted(record["accepted"]),
+            rejected=sorted(record["rejected"]),
+            absent=record["absent"],
+        )
 
     def _below_quorum(
         self, round_: int, accepted: dict[str, Any], rejected: dict[str, str], absent: list[str]

@@ -199,8 +199,8 @@ def test_another_task_under_an_approved_name_is_refused(hospital) -> None:
     assert code(site.train()) == "not-approved"
 
 
-def test_scoring_a_round_empties_the_outbox_up_to_it(hospital) -> None:
-    """The question proves that the server committed the round; the averages leave signed and audited."""
+def test_scoring_keeps_what_the_server_may_have_to_ask_for_again(hospital) -> None:
+    """The averages leave signed and audited; updates stay while the server may fall back behind their round."""
     site = hospital()
     site.approve()
     site.train()
@@ -208,7 +208,12 @@ def test_scoring_a_round_empties_the_outbox_up_to_it(hospital) -> None:
     asked = Assignment("run-1", 1, hash_weights(weights))
     reply = site.ask(MessageType.EVALUATE, assignment=to_wire(asked), weights=arrays_to_wire(weights))
     check_signature(reply.content, "scores", site.guard.keys.signing_public)
-    assert list((site.folder / "outbox" / "run-1").glob("round-*")) == []
+    kept = site.folder / "outbox" / "run-1" / "round-000001.safetensors"
+    assert kept.exists()
+    site.guard.committed("run-1", 2)  # the server keeps three checkpoints: 0, 1 and 2
+    assert kept.exists()
+    site.guard.committed("run-1", 3)
+    assert not kept.exists()
     assert site.audited("scores")[0]["patients"] == 1
 
 

@@ -201,3 +201,33 @@ def test_a_run_goes_on_after_damage(make_run, damage) -> None:
     assert [kind for _, kind in sites.asked].count(MessageType.EVALUATE) == (3 if damage == "journal" else 0)
     assert {event["round"] for event in events(folder, "round")} == {0, 1, 2}
     assert events(folder, "round")[-1]["model_hash"] == hash_weights(final(folder))
+
+
+def damage_newest(folder: Path, number: int) -> None:
+    for path in sorted((folder / "checkpoints").iterdir())[-number:]:
+        path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_repeated_round_is_made_by_the_same_sites(make_run, number) -> None:
+    """elm, left out when the rounds were committed, has no say when damage has them repeated: the same bytes."""
+    folder = make_run(task={"rounds": 3}, quorum=2)
+    run(folder, {"elm": on(MessageType.TRAIN, say(round=99))})
+    whole = (folder / "model.safetensors").read_bytes()
+    damage_newest(folder, number)
+    run(folder)
+    assert (folder / "model.safetensors").read_bytes() == whole
+    told = [(event["round"], event["model_hash"]) for event in events(folder, "round")]
+    assert len(set(told)) == 4
+    assert len(told) == 4 + number
+
+
+def test_a_repeated_round_that_comes_out_otherwise_is_not_committed(make_run) -> None:
+    """A committed round's model never changes: what sites have trained since stands on it."""
+    folder = make_run()
+    run(folder)
+    damage_newest(folder, 1)
+    with pytest.raises(UserError, match="it comes out as"):
+        run(folder, {"birch": on(MessageType.TRAIN, put(0.25))})
+    assert len(events(folder, "round")) == 3
+    assert CheckpointStore(folder / "checkpoints").latest(plan_of(folder).run_id).round == 1
