@@ -4,23 +4,39 @@ Flower has no flag for a client certificate. Started through this launcher, its 
 mutual TLS 1.3 pinned to the federation's own CA; HTTPS_PROXY (HTTP CONNECT) works as usual, redirects are not followed.
 The certificate is read again when its file changes, so that a renewal costs no round.
 
+A SuperNode that was killed counts as online until its lease ends, and for that minute Flower refuses its successor. The
+number of the node is therefore kept on disk, and the successor takes its predecessor's leave first.
+
 Stands on flwr 1.41's `FleetHttpClient.from_server_address`; the version is pinned exactly, and the end-to-end tests
 would fail without the certificate.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import ssl
 import threading
 from pathlib import Path
 from typing import Any, Self
 
+import httpx
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    DeactivateNodeRequest,
+    DeactivateNodeResponse,
+)
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from client.abandoned import tidied
 from client.certificates import load_pair
+from medsegdiff.errors import UserError
+from medsegdiff.files import write_atomic
+
+log = logging.getLogger("medsegfed.site")
 
 CERTIFICATE = "MEDSEGFED_CERTIFICATE"  # environment: PEM file with the site's TLS key and certificate
 LOOK_SECONDS = 2.0  # between looks whether the certificate was renewed
@@ -57,6 +73,24 @@ class CertifiedFleetClient(FleetHttpClient):
         client._client.follow_redirects = False  # the server that was verified is the one that is spoken to
         threading.Thread(target=_follow, args=(path, context), name="certificate", daemon=True).start()
         return client
+
+    def ActivateNode(self, request: ActivateNodeRequest) -> ActivateNodeResponse:  # noqa: N802 - Flower's name
+        """Go online; a predecessor that was killed goes offline first."""
+        place = Path(os.environ["FLWR_HOME"]) / "node"
+        with contextlib.suppress(OSError, ValueError, httpx.HTTPStatusError):  # none, or the server forgot it
+            super().DeactivateNode(DeactivateNodeRequest(node_id=int(place.read_text(encoding="ascii"))))
+        response = super().ActivateNode(request)
+        try:
+            write_atomic(place, str(response.node_id).encode(), 0o600)
+        except UserError as error:  # costs a minute after a kill, no more
+            log.warning("%s", error)
+        return response
+
+    def DeactivateNode(self, request: DeactivateNodeRequest) -> DeactivateNodeResponse:  # noqa: N802
+        """Go offline; a successor has nothing to take leave of."""
+        response = super().DeactivateNode(request)
+        (Path(os.environ["FLWR_HOME"]) / "node").unlink(missing_ok=True)
+        return response
 
 
 def _follow(path: Path, context: ssl.SSLContext) -> None:

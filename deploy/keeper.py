@@ -20,6 +20,8 @@ from deploy.control import Control
 from deploy.federation import Federation
 from deploy.runs import STOP, next_run, wanted
 from medsegdiff.errors import UserError
+from server.journal import read_events
+from server.rounds import committed_rounds
 
 log = logging.getLogger("medsegfed.supervisor")
 
@@ -27,6 +29,8 @@ LOOK_SECONDS = 2.0
 AGAIN_SECONDS = 3.0  # between a ServerApp's death and its next start; doubled up to
 LONGEST_SECONDS = 60.0
 STOP_SECONDS = 30.0  # a ServerApp that was asked to stop and has not: Flower ends it
+GONE_SECONDS = 3.0  # without a ServerApp's process: Flower itself notices after 43 to 58 s
+UNSEEN_SECONDS = 60.0  # the same, of a ServerApp that is only starting
 
 Events = Callable[[str, dict[str, Any]], None]
 
@@ -38,6 +42,7 @@ class RunKeeper:
         connect: a new connection to the SuperLink's Control API.
         members_changed: told when the set of admitted sites changed (the gateway has to know).
         events: told what happens, as the supervisor's.
+        serverapp_lives: whether the process of a ServerApp lives on this machine; default: Flower's word alone counts.
     """
 
     def __init__(
@@ -46,10 +51,14 @@ class RunKeeper:
         connect: Callable[[], Control],
         members_changed: Callable[[], None],
         events: Events,
+        serverapp_lives: Callable[[], bool] = lambda: True,
     ) -> None:
         self.federation, self.connect, self.members_changed, self.tell = federation, connect, members_changed, events
+        self.serverapp_lives = serverapp_lives
         self._admitted: dict[str, str] | None = None
         self._run: tuple[Path, int] | None = None  # folder, Flower's id
+        self._committed = 0  # rounds, when it was started
+        self._lived = 0.0  # until when its ServerApp is taken to live
         self._not_before = 0.0
         self._pause = AGAIN_SECONDS
         self._stop = threading.Event()
@@ -104,26 +113,49 @@ class RunKeeper:
             if folder is not None:
                 run_id = control.start(folder)
                 self._run = (folder, run_id)
+                self._committed, self._lived = _rounds(folder), time.monotonic() + UNSEEN_SECONDS
                 self.tell("run_started", {"run": folder.name, "flower_run": run_id})
 
     def _is_over(self, control: Control, folder: Path, run_id: int) -> bool:
-        """Whether Flower's run has ended. One that died is started again, after pauses that grow while it does."""
+        """Whether Flower's run has ended. One that died is started again, after pauses that grow while it does.
+
+        A run that has committed rounds since its start is no run that dies of itself: it waits for nothing.
+        """
         found = control.run(run_id)
         going_on = wanted(folder)
+        reason = "the SuperLink was started anew" if found is None else f"its ServerApp ended: {found.detail[:200]}"
         if found is not None and found.status != "finished":
             if _asked_to_stop(folder) > STOP_SECONDS:
                 control.stop(run_id)
                 self.tell("run_ended_by_force", {"run": folder.name})
-            return False
+                return False
+            if not going_on or not self._serverapp_gone(found.status):
+                return False
+            control.stop(run_id)
+            reason = "its ServerApp's process is gone"
         if going_on:
-            reason = "the SuperLink was started anew" if found is None else f"its ServerApp ended: {found.detail[:200]}"
-            self._not_before = time.monotonic() + (0.0 if found is None else self._pause)
-            self._pause = min(LONGEST_SECONDS, 2 * self._pause)
+            if _rounds(folder) > self._committed:
+                self._pause = AGAIN_SECONDS
+            elif found is not None:
+                self._not_before = time.monotonic() + self._pause
+                self._pause = min(LONGEST_SECONDS, 2 * self._pause)
             self.tell("run_lost", {"run": folder.name, "reason": reason})
         else:
             self._pause = AGAIN_SECONDS
             self.tell("run_ended", {"run": folder.name})
         return True
+
+    def _serverapp_gone(self, status: str) -> bool:
+        """Whether the process that should be at work has been missing for too long. A killed one tells nobody."""
+        now = time.monotonic()
+        if status == "pending" or self.serverapp_lives():
+            self._lived = now + (UNSEEN_SECONDS if status == "pending" else GONE_SECONDS)
+        return now > self._lived
+
+
+def _rounds(folder: Path) -> int:
+    """Committed rounds of a run."""
+    return len(committed_rounds(read_events(folder / "journal.jsonl")))
 
 
 def _asked_to_stop(folder: Path) -> float:

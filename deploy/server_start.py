@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from client.certificates import node_key_header
+from deploy import guard
 from deploy.child import Child
 from deploy.control import Control
 from deploy.federation import Federation, open_federation
@@ -159,11 +160,22 @@ class Server:
         """By service: does it run and answer? For the health service."""
         return {name: bool(child["healthy"]) for name, child in self.supervisor.status().items()}
 
+    def serverapp_lives(self) -> bool:
+        """Whether superexec has a living ServerApp; nobody waits for one that was killed, so it stays as a zombie."""
+        leader = self.supervisor.status()["superexec"]["pid"]
+        if leader is None:
+            return False
+        for process in guard.session_members(leader):
+            with contextlib.suppress(OSError):
+                if b"flwr-serverapp" in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                    return True
+        return False
+
     @contextlib.contextmanager
     def helpers(self) -> Iterator[None]:
         """What runs beside the children, in threads of this process."""
         ports = self.federation.ports
-        keeper = RunKeeper(self.federation, self.connect, self.apply, self.tell)
+        keeper = RunKeeper(self.federation, self.connect, self.apply, self.tell, self.serverapp_lives)
         stop = threading.Event()
         with contextlib.ExitStack() as stack:
             try:

@@ -148,3 +148,51 @@ def test_a_serverapp_that_does_not_stop_is_ended(scene) -> None:
     os.utime(scene.run / "stop.json", (past, past))
     scene.tick()
     assert scene.link.stopped == [1]
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_serverapp_whose_process_is_gone_is_noticed_at_once(scene, committed) -> None:
+    """Flower takes 43 to 58 seconds; the keeper's next two looks. After a committed round there is no pause, either."""
+    alive = [True]
+    scene.keeper.serverapp_lives = lambda: alive[0]
+    scene.tick()
+    scene.tick()
+    if committed:
+        scene.journal("round", round=1, accepted={}, rejected={}, absent=[])
+    alive[0] = False
+    scene.tick()
+    assert scene.link.stopped == []
+    scene.tick()
+    assert scene.link.stopped == [1]
+    assert scene.events("run_lost")[0]["reason"] == "its ServerApp's process is gone"
+    assert len(scene.link.runs) == (2 if committed else 1)
+    scene.tick(4.0)
+    assert len(scene.link.runs) == 2
+
+
+def test_a_serverapp_that_is_only_starting_gets_its_time(scene) -> None:
+    """A pending run waits for superexec as long as that takes; a starting one gets a minute."""
+    scene.keeper.serverapp_lives = lambda: False
+    scene.tick()
+    scene.link.runs[1] = FlowerRun(1, "pending", "")
+    for _ in range(100):
+        scene.tick()
+    scene.link.runs[1] = FlowerRun(1, "running", "")
+    for _ in range(29):
+        scene.tick()
+    assert scene.link.stopped == []
+    scene.tick()
+    scene.tick()
+    assert scene.link.stopped == [1]
+
+
+def test_a_run_that_ended_well_is_not_taken_for_dead(scene) -> None:
+    """Between the journal's last word and Flower's the process is gone, too."""
+    alive = [True]
+    scene.keeper.serverapp_lives = lambda: alive[0]
+    scene.tick()
+    scene.journal("finished")
+    alive[0] = False
+    for _ in range(5):
+        scene.tick()
+    assert scene.link.stopped == []
