@@ -1,0 +1,73 @@
+"""The launcher that gives Flower's SuperNode the site's certificate."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from pathlib import Path
+
+import pytest
+from flwr.supernode import fleet_http_connection
+
+from client import supernode
+from client.certificates import certificate_pem, new_tls_key, private_pem
+from client.supernode import CERTIFICATE, CertifiedFleetClient, client_context
+from deploy.authority import Authority
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """The CA's certificate as text, and a site's key and certificate in one file."""
+    authority, key = Authority.create("net"), new_tls_key()
+    path = tmp_path / "tls.pem"
+    path.write_bytes(private_pem(key) + certificate_pem(authority.issue_site(key.public_key(), "alder", 1)))
+    monkeypatch.setenv(CERTIFICATE, str(path))
+    return authority.certificate_pem().decode(), path
+
+
+def test_only_the_federation_is_trusted_over_tls_1_3_by_name(pair) -> None:
+    """No public authority, no older protocol, no unchecked host name."""
+    context = client_context(*pair)
+    assert context.minimum_version is ssl.TLSVersion.TLSv1_3
+    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
+    assert len(context.get_ca_certs()) == 1
+
+
+def test_flower_s_client_is_made_with_it_and_follows_no_redirect(pair) -> None:
+    """As flwr 1.41 calls it: positional address, insecure and certificates, interceptors by name."""
+    client = CertifiedFleetClient.from_server_address("fed.example.org:8443", False, pair[0].encode(), interceptors=[])
+    assert client._base_url == "https://fed.example.org:8443"
+    assert client._client.follow_redirects is False
+    client.close()
+
+
+@pytest.mark.parametrize(("insecure", "ca"), [(True, None), (False, None), (False, "/etc/ssl/certs/ca.pem")])
+def test_plaintext_and_public_authorities_are_refused(pair, insecure, ca) -> None:
+    """The process ends; no request is made."""
+    with pytest.raises(SystemExit, match="over TLS with its own CA"):
+        CertifiedFleetClient.from_server_address("x:1", insecure, ca, interceptors=[])
+
+
+def test_a_renewed_certificate_is_taken_up(pair, monkeypatch) -> None:
+    """The file is replaced: the context in use loads it, and a damaged one does not end the watch."""
+    monkeypatch.setattr(supernode, "LOOK_SECONDS", 0.02)
+    loaded: list[bytes] = []
+    monkeypatch.setattr(supernode, "load_pair", lambda _, path: loaded.append(path.read_bytes()))
+    client = CertifiedFleetClient.from_server_address("x:1", False, pair[0].encode(), interceptors=[])
+    for text in (b"second", b"third"):
+        time.sleep(0.02)
+        partial = pair[1].with_suffix(".new")
+        partial.write_bytes(text)
+        partial.replace(pair[1])
+        end = time.monotonic() + 5
+        while loaded[-1] != text and time.monotonic() < end:
+            time.sleep(0.02)
+    assert loaded[-2:] == [b"second", b"third"]
+    client.close()
+
+
+def test_flower_still_makes_its_client_by_this_name() -> None:
+    """The launcher replaces a name in Flower's module; the connection has to look it up there."""
+    connect = fleet_http_connection.http_request_response.__wrapped__
+    assert "FleetHttpClient" in connect.__code__.co_names
+    assert connect.__globals__ is vars(fleet_http_connection)
