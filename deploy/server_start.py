@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from client.certificates import node_key_header
+from client.certificates import node_key_header, read_certificate
 from deploy import guard
 from deploy.child import Child
 from deploy.control import Control
@@ -35,8 +35,10 @@ from deploy.gateway import (
 from deploy.health import HealthServer, probe
 from deploy.keeper import RunKeeper
 from deploy.metrics import serve_metrics
-from deploy.processes import LOOPBACK, answers_https, environment, shared_secret
+from deploy.processes import LOOPBACK, answers_https, environment, note, shared_secret
+from deploy.renewal import renew_server, renewal_due
 from deploy.renewal_service import serve_renewals
+from deploy.runs import next_run
 from deploy.supervisor import Supervisor
 from medsegdiff.errors import UserError
 from server.journal import Journal
@@ -196,14 +198,21 @@ class Server:
             yield
 
     def _follow_certificate(self, stop: threading.Event) -> None:
-        """`medsegfed renew` replaces the server's certificate: the gateway takes it up; the SuperLink when started."""
-        seen = self.federation.server_crt.stat().st_mtime_ns
+        """The server's certificate is renewed in time, here or by `medsegfed renew`: gateway and SuperLink take it up."""
+        path = self.federation.server_crt
+        seen, stale = path.stat().st_mtime_ns, False
         while not stop.wait(LOOK_SECONDS):
             try:
-                stamp = self.federation.server_crt.stat().st_mtime_ns
+                if renewal_due(read_certificate(path)):
+                    renew_server(self.federation)
+                    self.tell("server_renewed", {})
+                stamp = path.stat().st_mtime_ns
                 if stamp != seen:
-                    seen = stamp
+                    seen, stale = stamp, True
                     self.apply()
+                if stale and next_run(self.federation.runs) is None:  # a run would recover, but need not be disturbed
+                    self.supervisor.restart("superlink", "its certificate was renewed")
+                    stale = False
             except (UserError, OSError) as error:
                 self.tell("trouble", {"reason": str(error)})
 
@@ -224,7 +233,7 @@ def start_server(folder: Path, events: Events) -> None:
 
     def tell(event: str, facts: dict[str, Any]) -> None:
         with lock:
-            journal.append(event, **facts)
+            note(journal, event, facts)
         events(event, facts)
 
     server = Server(federation, tell)

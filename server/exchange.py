@@ -27,8 +27,7 @@ from server.screening import refusal_of, screen_presence, short_reason
 log = logging.getLogger("medsegfed.server")
 
 POLL_SECONDS = 0.2  # between looks for replies when none came; Flower's default of 3 s dominates short rounds
-IDLE_POLL_SECONDS = 1.0  # once nothing has come for
-IDLE_AFTER_SECONDS = 20.0
+LONGEST_POLL_SECONDS = 1.0  # the pause grows to a twentieth of the time that nothing came: a look is a request a site
 LOOK_SECONDS = 2.0  # between looks who is online, who was revoked, whether the run is to stop
 RETRY_SECONDS = 10.0  # until a site that refused is asked again: a data officer may have approved in the meantime
 LOST = (
@@ -154,7 +153,7 @@ class Exchange:
                 paused, told_late = self._tell_pause(round_, missing), late
             last_came = now if came else last_came
             if not came:
-                time.sleep(POLL_SECONDS if now - last_came < IDLE_AFTER_SECONDS else IDLE_POLL_SECONDS)
+                time.sleep(min(LONGEST_POLL_SECONDS, max(POLL_SECONDS, (now - last_came) / 20)))
         self._pending = {i: (n, q) for i, (n, q) in self._pending.items() if q.site is None}
 
     # --- who is there -------------------------------------------------------------------------------------------------
