@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -9,8 +10,13 @@ import ssl
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
+from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
+from server.journal import Journal
+
+log = logging.getLogger("medsegfed.supervisor")
 
 LOOPBACK = "127.0.0.1"
 
@@ -62,3 +68,11 @@ def answers_https(port: int, ca_file: Path) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
+
+
+def note(journal: Journal, event: str, facts: dict[str, Any]) -> None:
+    """Write down what happened to a process. A full disk must not end whoever keeps the processes alive."""
+    try:
+        journal.append(event, **facts)
+    except UserError as error:
+        log.error("%s", error)

@@ -99,7 +99,7 @@ class ToldRun:
         scores = scored_rounds(self.events)
         last = scores[max(scores)] if scores else {}
         dice = [row["dice"] for row in last.values() if row.get("dice") is not None]
-        pause = next((event for event in reversed(self.events) if event["event"] == "paused"), None)
+        pause = next((event for event in reversed(self.events) if event["event"] in ("paused", "interrupted")), None)
         finished = next((event for event in reversed(self.events) if event["event"] == "finished"), None)
         return {
             "name": self.name,
@@ -237,6 +237,7 @@ _WORDS: dict[str, Callable[[Event], str]] = {
     "left": lambda e: f"{e['site']} is no member any more",
     "lost": lambda e: f"{e['site']} lost its line",
     "paused": _tell_pause,
+    "interrupted": lambda e: f"interrupted, tried again until it works: {e['reason']}",
     "resumed": lambda e: f"round {e['round']} goes on",
     "round": _tell_round,
     "scores": _tell_scores,

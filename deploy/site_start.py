@@ -22,7 +22,7 @@ from client.keys import SiteKeys
 from client.site import SiteConfig
 from deploy.child import Child
 from deploy.health import probe
-from deploy.processes import LOOPBACK, environment, free_ports, shared_secret
+from deploy.processes import LOOPBACK, environment, free_ports, note, shared_secret
 from deploy.renewal import renew_site, renewal_due
 from deploy.supervisor import Supervisor
 from medsegdiff.errors import UserError
@@ -136,7 +136,7 @@ def start_site(folder: Path, events: Events) -> None:
     journal = Journal(folder / "state" / "supervisor.jsonl")
 
     def tell(event: str, facts: dict[str, Any]) -> None:
-        journal.append(event, **facts)
+        note(journal, event, facts)
         events(event, facts)
 
     renewal = Renewal(folder, keys, tell)

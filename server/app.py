@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -37,21 +38,26 @@ def run_federation(grid: Grid, folder: Path) -> None:
     """Carry out `folder`/run.yaml over `grid`, from where the folder stands; ends with `folder`/model.safetensors.
 
     In a real federation (MEDSEGFED_FEDERATION) every outcome is told by the journal's last event: finished, stopped or
-    failed, the last with the reason. A run that ended so is not started again by itself.
+    failed, the last with the reason. A run that ended so is not started again by itself. A disk that refuses is no
+    outcome: the run is interrupted, and goes on by itself once there is space.
     """
     plan = read_config(folder / "run.yaml", RunPlan)
     journal, membership = Journal(folder / "journal.jsonl"), Membership.here()
     if membership is None:
         _carry_out(grid, folder, plan, journal, None)
         return
-    journal.append("session")
     try:
+        journal.append("session")
         model_hash = _carry_out(grid, folder, plan, journal, membership)
     except RunStopped:
         journal.append("stopped")
         membership.note("stopped", run=plan.run_id)
         return
     except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            with contextlib.suppress(UserError):
+                journal.append("interrupted", reason=str(error))
+            raise
         journal.append("failed", reason=str(error))
         membership.note("failed", run=plan.run_id)
         raise

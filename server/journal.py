@@ -6,6 +6,8 @@ start cuts off; damage anywhere else is an error.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import time
@@ -25,16 +27,21 @@ class Journal:
         self.events: list[Event] = self._read()
 
     def append(self, event: str, **fields: Any) -> None:
-        """Add one event. Raises UserError when the disk refuses it."""
+        """Add one event. Raises UserError when the disk refuses it; the journal is then as it was."""
         line = {"event": event, "time": round(time.time(), 3), **fields}
-        text = json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n"
+        data = (json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        size: int | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as handle:
-                handle.write(text)
-                handle.flush()
+            with open(self.path, "ab", buffering=0) as handle:
+                size = os.fstat(handle.fileno()).st_size
+                if handle.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(handle.fileno())
         except OSError as error:
+            if size is not None:  # half a line would spoil the next one
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
             raise UserError(
                 f"{self.path}: an event could not be written ({error.strerror}); the run stops so that nothing happens "
                 "unrecorded. Free space, then go on with --resume."

@@ -18,6 +18,7 @@ _STATES: dict[str, RunState] = {
     "scores": "running",
     "resumed": "running",
     "paused": "paused",
+    "interrupted": "paused",  # the disk refuses
     "stopped": "stopped",
     "below_quorum": "failed",
     "failed": "failed",
@@ -104,7 +105,7 @@ def working_seconds(events: Iterable[Event], now: float | None = None) -> float:
         if event["event"] in _STARTS or last is None:
             total += last - since if since is not None and last is not None else 0.0
             since = time
-        elif event["event"] == "paused" and since is not None:
+        elif event["event"] in ("paused", "interrupted") and since is not None:
             total += time - since
             since = None
         last = time

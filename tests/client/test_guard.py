@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from full_disk import file_limit
 
 from client import guard as guard_module
 from client.app import app
@@ -33,7 +34,7 @@ from client.guard import Guard, guard_of
 from client.keys import SiteKeys
 from client.policy import SPARE_TRAININGS
 from client.site import Site, open_site
-from medsegdiff.chained_log import audit_lines, verify_log
+from medsegdiff.chained_log import ChainedLog, audit_lines, verify_log
 from medsegdiff.errors import UserError
 from medsegdiff.weights import hash_weights, initial_weights
 
@@ -273,3 +274,31 @@ def test_keys_of_another_name_are_told_at_the_start(hospital) -> None:
     (site.folder / "site.yaml").write_text(text.replace("name: alder", "name: oak"))
     with pytest.raises(UserError, match="its keys belong to 'alder'"):
         site.open()
+
+
+def test_a_full_disk_sends_nothing_and_costs_no_second_training(hospital) -> None:
+    """No space for the update: it does not leave, nothing is counted. No space for the log alone: the update waits."""
+    site = hospital()
+    site.approve()
+    site.train(1)  # cases are prepared now
+    whole = (site.folder / "audit.jsonl").stat().st_size
+    with file_limit(20_000):
+        assert code(site.train(2)) == "fault"
+    assert site.guard.outbox.trainings("run-1") == 1
+    update = site.folder / "outbox" / "run-1" / "round-000002.safetensors"
+    assert not update.exists()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refused(*_: object, **__: object) -> str:
+            with file_limit(whole):
+                return ChainedLog(site.folder / "audit.jsonl").append("update", round=2, padding="x" * 2000)
+
+        patch.setattr(site.guard.audit, "append", refused)
+        assert code(site.train(2)) == "fault"
+    kept = update.read_bytes()
+    reply = site.train(2)
+    assert from_wire(reply.content, "update", Update).round == 2
+    assert update.read_bytes() == kept
+    assert site.guard.outbox.trainings("run-1") == 2
+    assert [line["round"] for line in site.audited("repeated")] == [2]
+    verify_log(site.folder / "audit.jsonl")

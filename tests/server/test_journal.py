@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from full_disk import file_limit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,3 +128,16 @@ def test_a_reader_names_what_it_cannot_read(tmp_path) -> None:
         read_events(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_events(tmp_path)
+
+
+def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path) -> None:
+    """Half a line fits: nothing of it stays, and the next event, once there is space, stands on a line of its own."""
+    path = tmp_path / "j"
+    journal = filled(path)
+    before = path.read_bytes()
+    with file_limit(len(before) + 20), pytest.raises(UserError, match="Free space"):
+        journal.append("round", round=3, text="x" * 200)
+    assert path.read_bytes() == before
+    journal.append("round", round=3)
+    assert [event["round"] for event in read_events(path)] == [0, 1, 2, 3]
+    assert journal.events == read_events(path)
