@@ -198,7 +198,7 @@ class Server:
             yield
 
     def _follow_certificate(self, stop: threading.Event) -> None:
-        """The server's certificate is renewed in time, here or by `medsegfed renew`: gateway and SuperLink take it up."""
+        """The server's certificate is renewed in time, here or by hand, and gateway and SuperLink take it up."""
         path = self.federation.server_crt
         seen, stale = path.stat().st_mtime_ns, False
         while not stop.wait(LOOK_SECONDS):

@@ -164,14 +164,17 @@ class Exchange:
             return
         if self.stopped():
             raise RunStopped
+        self._look_at_members()
+        self._online = self._nodes()
+        self._looked = time.monotonic()
+
+    def _look_at_members(self) -> None:
         if self.membership is not None:
             active = self.membership.active()
             gone = [site for site in self._keys if site not in active]
             for site in gone:
                 self._leave(site)
             self._keys = {site: active[site].signing_key for site in self.plan.roster if site in active}
-        self._online = self._nodes()
-        self._looked = time.monotonic()
 
     def _nodes(self) -> dict[int, tuple[str, str]]:
         if self.patient:
@@ -258,6 +261,7 @@ class Exchange:
         if reply.metadata.src_node_id != node:
             self._stranger(f"a reply to {site}'s question came from another node")
             return None
+        self._look_at_members()  # revoked since the last look: what arrives now does not count any more
         if site in round_state.answered or not self.is_member(site):
             return None
         if not self.patient or not reply.has_error():
