@@ -1,0 +1,105 @@
+"""A TCP proxy that does what bad lines do: it delays, drips, cuts, or swallows everything and says nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from typing import Literal
+
+Mode = Literal["open", "slow", "silent", "cut"]
+
+LOOK_SECONDS = 0.1
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: a close sends RST
+
+
+class FaultProxy:
+    """Listens on a loopback port and carries every connection to another one.
+
+    open    as a good line
+    slow    `bytes_per_second` each way, after `delay` seconds a piece
+    silent  connections stand and new ones are accepted, and nothing comes through: a firewall that forgot them
+    cut     connections are reset, new ones at once
+    """
+
+    def __init__(self, to: int) -> None:
+        self.to = to
+        self.mode: Mode = "open"
+        self.delay = 0.0
+        self.bytes_per_second = 8192.0
+        self.carried = 0  # bytes, both ways
+        self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, name="proxy", daemon=True).start()
+
+    def become(self, mode: Mode) -> None:
+        """Change the line; what is cut is cut at once."""
+        self.mode = mode
+        if mode == "cut":
+            for pair in list(self._pairs):
+                self._end(pair)
+
+    def close(self) -> None:
+        """End the listener and all connections."""
+        self.mode = "cut"
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
+        self._listener.close()
+        self.become("cut")
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                if self.mode == "cut":
+                    raise OSError("cut")
+                far = socket.create_connection(("127.0.0.1", self.to), timeout=5)
+            except OSError:
+                near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                near.close()
+                continue
+            pair = (near, far)
+            self._pairs.add(pair)
+            for source, sink in (pair, (far, near)):
+                source.settimeout(LOOK_SECONDS)
+                threading.Thread(target=self._carry, args=(source, sink, pair), name="line", daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket, pair: tuple[socket.socket, socket.socket]) -> None:
+        try:
+            while True:
+                if self.mode == "silent":
+                    time.sleep(LOOK_SECONDS)
+                    continue
+                piece = 1024 if self.mode == "slow" else 65_536
+                try:
+                    data = source.recv(piece)
+                except TimeoutError:
+                    continue
+                if not data:
+                    break
+                while self.mode == "silent":  # it was under way when the line went dead
+                    time.sleep(LOOK_SECONDS)
+                if self.mode == "slow":
+                    time.sleep(self.delay + len(data) / self.bytes_per_second)
+                sink.settimeout(None)
+                sink.sendall(data)
+                sink.settimeout(LOOK_SECONDS)
+                self.carried += len(data)
+        except OSError:
+            pass
+        self._end(pair)
+
+    def _end(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        self._pairs.discard(pair)
+        for one in pair:
+            with contextlib.suppress(OSError):
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
