@@ -41,6 +41,7 @@ log = logging.getLogger("medsegfed.site")
 
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 POLL_SECONDS = 0.3  # the SuperNode is on this machine; its own poll of the server takes 3 s
+LOST = (ObjectPullError, httpx.HTTPError, RunNotRunningException, RuntimeError, ValueError)
 RETRY_SECONDS = 20.0  # that one call to the SuperNode is tried for; it may be starting anew
 
 
@@ -90,7 +91,7 @@ class Runner:
             del message
             push_message(client, reply, context)
             done = True
-        except (ObjectPullError, httpx.HTTPError, RunNotRunningException, RuntimeError, ValueError) as error:
+        except (*LOST, KeyboardInterrupt) as error:  # Flower interrupts the process whose task was taken back (401)
             log.error("a task was lost on its way to or from the SuperNode (%s)", type(error).__name__)
         finally:
             if done:  # else: the claim on the task runs out, and the SuperNode, which would wait for ever, goes on
