@@ -16,7 +16,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo federation test check bench real setup clean
+.PHONY: demo federation chaos test check bench real setup clean
 
 setup: $(READY)
 
@@ -41,15 +41,27 @@ federation: $(READY)
 	@if [ -e $(REHEARSAL) ]; then echo "$(REHEARSAL) is there already: remove it, or name another: make federation REHEARSAL=DIR"; exit 2; fi
 	$(BIN)/python -m deploy.rehearsal --out $(REHEARSAL)
 
+# Fast tests side by side; those that start processes of their own, or take long, one after the other.
+WORKERS ?= 2
+FAST := -n $(WORKERS) --dist worksteal -m 'not slow and not e2e and not gpu'
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(FAST)
+	$(BIN)/python -m pytest -m 'slow or e2e or gpu'
+
+# A hundred seeded kills of everything that runs (docs/recovery.md); a failure names its seed.
+KILLS ?= 100
+SEED ?= 0
+
+chaos: $(READY)
+	$(BIN)/python -m tests.e2e.chaos.driver --kills $(KILLS) --seed $(SEED)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m 'not slow and not e2e and not gpu'
+	$(BIN)/python -m pytest $(FAST)
 
 # Peers drag in packages that break ours, so they live in an environment of their own.
 $(PEERS)/.ready: benchmarks/requirements-peers.txt
