@@ -6,8 +6,16 @@ import ssl
 import time
 from pathlib import Path
 
+import httpx
 import pytest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    DeactivateNodeRequest,
+    DeactivateNodeResponse,
+)
 from flwr.supernode import fleet_http_connection
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from client import supernode
 from client.certificates import certificate_pem, new_tls_key, private_pem
@@ -71,3 +79,50 @@ def test_flower_still_makes_its_client_by_this_name() -> None:
     connect = fleet_http_connection.http_request_response.__wrapped__
     assert "FleetHttpClient" in connect.__code__.co_names
     assert connect.__globals__ is vars(fleet_http_connection)
+
+
+class SuperLink:
+    """Flower's: refuses a node that counts as online, and knows nodes by number."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.node, self.online = 7, False
+        monkeypatch.setattr(FleetHttpClient, "ActivateNode", lambda _, request: self.activate())
+        monkeypatch.setattr(FleetHttpClient, "DeactivateNode", lambda _, request: self.deactivate(request.node_id))
+
+    def activate(self) -> ActivateNodeResponse:
+        if self.online:
+            self.refuse()
+        self.online = True
+        return ActivateNodeResponse(node_id=self.node)
+
+    def deactivate(self, node: int) -> DeactivateNodeResponse:
+        if not self.online or node != self.node:
+            self.refuse()
+        self.online = False
+        return DeactivateNodeResponse()
+
+    @staticmethod
+    def refuse() -> None:
+        request = httpx.Request("POST", "https://x")
+        raise httpx.HTTPStatusError("refused", request=request, response=httpx.Response(400, request=request))
+
+
+def test_the_successor_of_a_killed_supernode_is_let_in_at_once(pair, monkeypatch, tmp_path) -> None:
+    """It takes its predecessor's leave; what another SuperLink called the node does no harm; an orderly end is kept."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    link = SuperLink(monkeypatch)
+
+    def start() -> CertifiedFleetClient:
+        client = CertifiedFleetClient.from_server_address("x:1", False, pair[0].encode(), interceptors=[])
+        assert client.ActivateNode(ActivateNodeRequest()).node_id == link.node
+        return client
+
+    start().close()  # killed: nobody said that it goes
+    start().close()
+    link.node, link.online = 8, False  # the SuperLink was started anew
+    client = start()
+    client.DeactivateNode(DeactivateNodeRequest(node_id=8))
+    client.close()
+    link.online = True  # a second machine with this key is online: it is not driven out
+    with pytest.raises(httpx.HTTPStatusError):
+        start()
