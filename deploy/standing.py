@@ -20,17 +20,19 @@ from typing import Any, TypeVar
 
 from client.certificates import certificate_days_left, expiry_warning
 from deploy.federation import Federation, open_federation
+from deploy.incidents import incidents
 from deploy.logfiles import BEGINNING, LogPosition, read_access_log
 from deploy.run_status import ToldRun, printable, read_run, tell
 from deploy.supervisor import read_status
 from medsegdiff.errors import UserError
-from server.journal import Event
+from server.journal import Event, read_events
 from server.members import Member, moment
 from server.rounds import committed_rounds, scored_rounds
 
 ACCESS_LOG = "access.jsonl"  # in the federation's folder of logs
 ONLINE_SECONDS = 60.0  # a site's SuperNode asks for work every 3 s and gives a sign of life every 30 s: two are missing
 SHOWN_EVENTS = 8
+SHOWN_INCIDENTS = 5
 
 T = TypeVar("T")
 
@@ -103,8 +105,12 @@ class Standing:
                 for event in (told.events[-SHOWN_EVENTS:] if told else [])
             ],
             "events_total": len(told.events) if told else 0,
+            "incidents": _tolerant(self._incidents, list[dict[str, Any]](), problems)[-SHOWN_INCIDENTS:],
             "problems": problems,
         }
+
+    def _incidents(self) -> list[dict[str, Any]]:
+        return incidents(read_events(self.federation.state / "supervisor.jsonl"))
 
     def runs(self, problems: list[str]) -> list[ToldRun]:
         """All runs, the latest first. One that cannot be read is as it was at the last look, or left out."""
@@ -128,8 +134,8 @@ def status_of(folder: Path, now: float, run: str | None = None) -> dict[str, Any
 
     Returns:
         Plain data: federation, time, run (None without one), queued, sites, services, server_pid, certificates, events,
-        events_total, problems. What is not known is None. A file that cannot be read is named in `problems`, and the
-        rest is told.
+        events_total, incidents, problems. What is not known is None. A file that cannot be read is named in `problems`,
+        and the rest is told.
 
     Raises:
         UserError: there is no federation, or no run of that name.

@@ -174,6 +174,8 @@ def render_status(status: dict[str, Any]) -> RenderableType:
     parts += ["", _sites_table(status), "", _services_table(status), _certificates(status)]
     if status["events"]:
         parts += ["", _events_table(status)]
+    if status["incidents"]:
+        parts += ["", _incidents_table(status)]
     parts += [Text(problem, style="bold red") for problem in status["problems"]]
     return Group(*parts)
 
@@ -243,6 +245,19 @@ def _events_table(status: dict[str, Any]) -> Table:
     table.add_column(overflow="fold")
     for event in status["events"]:
         table.add_row(Text(_clock(event["time"])), Text(event["text"]))
+    return table
+
+
+def _incidents_table(status: dict[str, Any]) -> Table:
+    table = _table("Failed", "What", "Done", "After")
+    for row in status["incidents"]:
+        mended = row["seconds"] is not None
+        table.add_row(
+            Text(_clock(row["time"])),
+            Text(printable(row["what"], SHORT_REASON), overflow="fold"),
+            Text(row["done"] if mended else "not yet", style="" if mended else "bold red"),
+            Text(span(row["seconds"]) if mended else NONE),
+        )
     return table
 
 

@@ -20,6 +20,7 @@ from deploy.standing import GatewayTally, Standing, access_log, status_of
 from deploy.status import render_status, show, summary_line, watch
 from medsegdiff.chained_log import ChainedLog
 from medsegdiff.errors import UserError
+from server.journal import Journal
 from server.members import edit_members, iso
 
 NOW = BEGIN + 15 + 2 * ROUND + 25  # 25 s after the second of ten rounds was committed, 20 s after it was scored
@@ -477,3 +478,18 @@ def test_a_year_of_decisions_costs_no_more(federation) -> None:
     old = federation.audit_file.read_text()
     federation.audit_file.write_text('{"event": "update"}\n' * 50_000 + old)
     assert states(federation)["alder"] == "answered"
+
+
+def test_what_failed_is_told_with_what_it_cost(federation) -> None:
+    """From the supervisor's journal: what is mended with its seconds, what is not in red."""
+    journal = Journal(federation.state / "supervisor.jsonl")
+    for event in ("exited", "ready"):
+        journal.append(event, child="superlink", how="signal 9, Killed")
+    journal.append("run_lost", run="night", reason="its ServerApp's process is gone")
+    status = status_of(federation.folder, NOW)
+    assert [(row["what"], row["seconds"]) for row in status["incidents"]] == [
+        ("superlink: signal 9, Killed", pytest.approx(0.0, abs=5.0)),
+        ("run night: its ServerApp's process is gone", None),
+    ]
+    assert re.search(r"superlink: signal 9, Killed +started again +\d s", screen(status))
+    assert re.search(r"ServerApp's process is gone +not yet", screen(status))

@@ -1,0 +1,58 @@
+"""What failed, when, what was done about it and what it cost, told from a supervisor's journal (supervisor.jsonl)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from server.journal import Event
+
+
+class _Story:
+    """The incidents so far; an open one is mended by a later event."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+        self._open: dict[str, dict[str, Any]] = {}  # by what mends it
+        self._stopping: set[str] = set()
+        self._alive: set[str] = set()
+
+    def hear(self, event: Event) -> None:
+        """One event of the journal, in order."""
+        kind, child, time = str(event["event"]), str(event.get("child")), float(event["time"])
+        if kind == "ending" and event.get("reason") == "stopping":
+            self._stopping.add(child)
+        elif kind == "ending" or (kind == "exited" and child not in self._stopping):
+            why = event.get("reason") or event.get("how")
+            self._begin(f"ready {child}", time, f"{child}: {why}", "started again")
+        elif kind == "run_lost":
+            self._begin("run_started", time, f"run {event.get('run')}: {event.get('reason')}", "taken up again")
+        elif kind == "not_renewed":
+            self._begin("renewed", time, f"certificate: {event.get('reason')}", "renewed")
+        elif kind == "started" and event.get("restarts") == 0 and child in self._alive:
+            self._alive.clear()  # of an earlier supervisor, which did not live to end them
+            self._begin(f"ready {child}", time, "the supervisor was killed, or the machine went down", "started again")
+        if kind in ("exited", "stopped"):
+            self._alive.discard(child)
+        if kind == "started":
+            self._stopping.discard(child)
+            self._alive.add(child)
+        self._end(f"ready {child}" if kind == "ready" else kind, time)
+
+    def _begin(self, mended_by: str, time: float, what: str, done: str) -> None:
+        if mended_by not in self._open:
+            self._open[mended_by] = {"time": time, "what": what, "done": done, "seconds": None}
+            self.told.append(self._open[mended_by])
+
+    def _end(self, mended_by: str, time: float) -> None:
+        found = self._open.pop(mended_by, None)
+        if found is not None:
+            found["seconds"] = round(max(0.0, time - found["time"]), 1)
+
+
+def incidents(events: Iterable[Event]) -> list[dict[str, Any]]:
+    """In order: time (epoch seconds), what, done, and the seconds until it was (None: not yet)."""
+    story = _Story()
+    for event in events:
+        story.hear(event)
+    return story.told

@@ -1,0 +1,67 @@
+"""What the supervisor's journal says failed, and for how long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deploy.incidents import incidents
+
+
+def story(*events: dict[str, Any]) -> list[tuple[float, str, float | None]]:
+    return [(told["time"], told["what"], told["seconds"]) for told in incidents(events)]
+
+
+def at(time: float, event: str, child: str | None = None, **facts: Any) -> dict[str, Any]:
+    return {"event": event, "time": time} | ({"child": child} if child else {}) | facts
+
+
+UP = (at(0, "started", "superlink", restarts=0), at(5, "ready", "superlink"))
+
+
+def test_a_quiet_day_has_none() -> None:
+    """Start and orderly end are no incidents, and nor is the next start."""
+    down = at(9, "ending", "superlink", reason="stopping"), at(10, "exited", "superlink", how="exit code 0")
+    assert story(*UP, *down, at(11, "stopped", "superlink"), *UP) == []
+
+
+def test_a_killed_process_costs_the_time_until_it_is_ready() -> None:
+    """Companions that were ended for it are incidents of their own; what is not mended has no seconds yet."""
+    told = story(
+        *UP,
+        at(100, "exited", "superlink", how="signal 9, Killed"),
+        at(100, "ending", "superexec", reason="superlink ended"),
+        at(101, "exited", "superexec", how="exit code 0"),
+        at(102, "started", "superlink", restarts=1),
+        at(112, "ready", "superlink"),
+    )
+    assert told == [(100, "superlink: signal 9, Killed", 12.0), (100, "superexec: superlink ended", None)]
+
+
+def test_one_that_hangs_is_told_by_its_reason() -> None:
+    """Ended by the supervisor: one incident, not two."""
+    told = story(
+        *UP,
+        at(50, "ending", "superlink", reason="no answer 3 times"),
+        at(60, "exited", "superlink", how="signal 9, Killed"),
+        at(61, "started", "superlink", restarts=1),
+        at(70, "ready", "superlink"),
+    )
+    assert told == [(50, "superlink: no answer 3 times", 20.0)]
+
+
+def test_a_lost_run_and_a_certificate_are_mended_by_their_own_events() -> None:
+    """A certificate that cannot be renewed is one incident however often it is tried."""
+    told = story(
+        at(10, "run_lost", run="night", reason="its ServerApp's process is gone"),
+        at(11, "run_started", run="night"),
+        at(20, "not_renewed", reason="no line"),
+        at(30, "not_renewed", reason="no line"),
+        at(45, "renewed"),
+    )
+    assert told == [(10, "run night: its ServerApp's process is gone", 1.0), (20, "certificate: no line", 25.0)]
+
+
+def test_a_supervisor_that_was_killed_shows_at_the_next_start() -> None:
+    """It ended nothing: what it had started begins anew."""
+    again = at(200, "started", "superlink", restarts=0), at(207, "ready", "superlink")
+    assert story(*UP, *again) == [(200, "the supervisor was killed, or the machine went down", 7.0)]
