@@ -357,7 +357,7 @@ def test_json_is_one_object(federation) -> None:
     assert found["run"]["name"] == "glioma-1"
     assert set(found) == {
         "federation", "time", "run", "queued", "sites", "services", "server_pid", "certificates", "events",
-        "events_total", "problems",
+        "events_total", "incidents", "problems",
     }  # fmt: skip
 
 
