@@ -53,6 +53,7 @@ class Runner:
         self.tasks = self._client(
             RuntimeVersionHttpInterceptor(component_name="SuperExec"),
             SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({ACQUIRE})),
+            tries=1,  # Flower's pauses between tries double up to 16 s; `serve` asks again soon
         )
 
     def serve(self) -> None:
@@ -65,7 +66,7 @@ class Runner:
                 if not silent:
                     log.warning("the SuperNode does not answer (%s); trying on", type(error).__name__)
                 silent = True
-                time.sleep(2.0)
+                time.sleep(1.0)
                 continue
             silent = False
             if token is None:
@@ -111,8 +112,9 @@ class Runner:
             log.error("the application failed (%s)", type(error).__name__)
             return Message(Error(REFUSED, f"fault: {REFUSALS['fault']}"), reply_to=message)
 
-    def _client(self, *interceptors: ProtobufClientInterceptor) -> RuntimeHttpClient:
+    def _client(self, *interceptors: ProtobufClientInterceptor, tries: int | None = None) -> RuntimeHttpClient:
         retries = make_simple_http_retry_invoker()
+        retries.max_tries = tries
         retries.max_time = RETRY_SECONDS
         return RuntimeHttpClient.from_server_address(
             server_address=self.node,

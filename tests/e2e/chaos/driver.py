@@ -28,7 +28,7 @@ from deploy import guard
 from deploy.rehearsal import Rehearsal
 from deploy.supervisor import read_status
 from medsegdiff.chained_log import audit_lines, verify_log
-from medsegdiff.errors import UserError
+from medsegdiff.errors import EXIT_CODE, UserError
 from medsegdiff.weights import hash_weights, load_model
 from server.journal import Event
 from simulations.recipe import Recipe, read_recipe
@@ -340,18 +340,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.e2e.chaos.driver", description=__doc__)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="must not exist; default: runs/chaos-SEED")
     parser.add_argument(
         "--only", nargs="*", help="PLACE:KIND ... in this order, in place of drawn ones; + joins a pair"
     )
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CODE))  # what runs is ended on the way out
+    out = given.out or Path("runs") / f"chaos-{given.seed}"
+    if out.exists():
+        print(f"error: {out}: is there already; remove it, or choose another folder with --out.", file=sys.stderr)
+        return EXIT_CODE
     kills = plan_kills(given.kills, given.seed)
     if given.only:
         pairs = [tuple(Target(*one.split(":")) for one in word.split("+")) for word in given.only]
         kills = [Kill(1 + PACE * index, 2.0, pair, 5.0) for index, pair in enumerate(pairs)]
     try:
-        said = chaos(given.out, kills, given.seed)
+        said = chaos(out, kills, given.seed)
     except UserError as error:
         said = [str(error)]
     for line in said:
