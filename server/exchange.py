@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 
 from client.contract import ContractError, Invitation, Presence, to_wire
@@ -35,7 +35,7 @@ LOST = (
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
     ErrorCode.NODE_UNAVAILABLE,
     ErrorCode.CLIENT_APP_CRASHED,
-)  # Flower's own answers for a node that lost its line or its process
+)  # Flower's own answers for a node that lost its line or its process: the SuperLink gives them in its own name
 
 Records = dict[str, ArrayRecord | ConfigRecord | MetricRecord]
 
@@ -258,7 +258,8 @@ class Exchange:
 
     def _sender(self, site: str, node: int, reply: Message, round_state: _Round) -> str | None:
         """The site a reply counts for; None when it is to be asked again, or the reply is a stranger's."""
-        if reply.metadata.src_node_id != node:
+        lost = reply.has_error() and reply.error.code in LOST
+        if reply.metadata.src_node_id not in ((node, SUPERLINK_NODE_ID) if lost else (node,)):
             self._stranger(f"a reply to {site}'s question came from another node")
             return None
         self._look_at_members()  # revoked since the last look: what arrives now does not count any more
@@ -267,7 +268,7 @@ class Exchange:
         if not self.patient or not reply.has_error():
             self.refused.pop(site, None)
             return site
-        if reply.error.code in LOST:
+        if lost:
             log.warning("%s lost its line; it is asked again when it is back", site)
             self.journal.append("lost", site=site)
             round_state.not_before[site] = time.monotonic() + LOOK_SECONDS

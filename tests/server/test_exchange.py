@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.contract import REFUSED, Invitation, Presence, from_wire, to_wire
@@ -91,7 +91,10 @@ class Network:
             message = self.sent[message_id]
             answer = self.nodes[message.metadata.dst_node_id].answer(message)
             if answer is not None:
-                replies.append(Message(answer, reply_to=message))
+                reply = Message(answer, reply_to=message)
+                if isinstance(answer, Error) and answer.code in exchange.LOST:
+                    reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID  # as flwr 1.41 does
+                replies.append(reply)
         return replies
 
     def count(self, name: str, kind: str = MessageType.TRAIN) -> int:
