@@ -17,6 +17,7 @@ import contextlib
 import logging
 import os
 import ssl
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Self
@@ -74,6 +75,16 @@ class CertifiedFleetClient(FleetHttpClient):
         threading.Thread(target=_follow, args=(path, context), name="certificate", daemon=True).start()
         return client
 
+    def _unary_unary(self, *args: Any, **kwargs: Any) -> Any:
+        """One request. Flower gives up for good where an error's text speaks of TLS: a line that is silent or breaks in
+        the middle of a handshake is none of that, and is tried again; a certificate that is turned down is."""
+        try:
+            return super()._unary_unary(*args, **kwargs)
+        except httpx.TransportError as error:
+            if "certificate" in str(error).lower():
+                raise
+            raise httpx.ConnectError(f"the line broke ({type(error).__name__})") from error
+
     def ActivateNode(self, request: ActivateNodeRequest) -> ActivateNodeResponse:  # noqa: N802 - Flower's name
         """Go online; a predecessor that was killed goes offline first."""
         place = Path(os.environ["FLWR_HOME"]) / "node"
@@ -113,6 +124,9 @@ def main() -> None:
     setattr(fleet_http_connection, "FleetHttpClient", CertifiedFleetClient)  # noqa: B010 - a name of Flower's own
     start_client_internal._pull_and_store_message = tidied(start_client_internal._pull_and_store_message)
     flower_supernode()
+    # It has given up, and threads of Flower's would keep the process for ever: the supervisor must see its end.
+    print("flower-supernode has ended; it is to be started anew", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 if __name__ == "__main__":

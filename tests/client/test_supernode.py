@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import ssl
 import time
 from pathlib import Path
@@ -13,8 +14,10 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeResponse,
     DeactivateNodeRequest,
     DeactivateNodeResponse,
+    PullMessagesRequest,
 )
-from flwr.supernode import fleet_http_connection
+from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from client import supernode
@@ -126,3 +129,39 @@ def test_the_successor_of_a_killed_supernode_is_let_in_at_once(pair, monkeypatch
     link.online = True  # a second machine with this key is online: it is not driven out
     with pytest.raises(httpx.HTTPStatusError):
         start()
+
+
+@pytest.mark.parametrize(
+    ("text", "final"),
+    [
+        ("_ssl.c:989: The handshake operation timed out", False),
+        ("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol", False),
+        ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate", True),
+        ("[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] tlsv13 alert certificate required", True),
+    ],
+)
+def test_a_broken_line_is_tried_again_and_a_refused_certificate_is_not(pair, monkeypatch, text, final) -> None:
+    """By Flower's own rule, which reads the error's text."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise httpx.ConnectError(text)
+
+    monkeypatch.setattr(FleetHttpClient, "_unary_unary", fail)
+    client = CertifiedFleetClient.from_server_address("x:1", False, pair[0].encode(), interceptors=[])
+    with pytest.raises(httpx.ConnectError) as caught:
+        client.PullMessages(PullMessagesRequest())
+    assert make_simple_http_retry_invoker().should_giveup(caught.value) is final
+    client.close()
+
+
+def test_a_supernode_that_gave_up_ends(monkeypatch) -> None:
+    """Threads that Flower leaves running do not keep the process, which its supervisor would take for well."""
+    ends: list[int] = []
+    monkeypatch.setattr(
+        importlib.import_module("flwr.supernode.cli.flower_supernode"), "flower_supernode", lambda: None
+    )
+    monkeypatch.setattr(supernode.os, "_exit", ends.append)
+    monkeypatch.setattr(fleet_http_connection, "FleetHttpClient", FleetHttpClient)
+    monkeypatch.setattr(start_client_internal, "_pull_and_store_message", lambda: None)
+    supernode.main()
+    assert ends == [1]
