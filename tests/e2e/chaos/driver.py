@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -223,7 +224,8 @@ class Federation:
     def same_weights(self) -> bool:
         """Whether the run came to the weights of a simulation that nobody disturbed."""
         simulated = self.folder / "simulated"
-        simulate(self.recipe_path, None, simulated, "inline", False)
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            simulate(self.recipe_path, None, simulated, "inline", False)
         return _weights(self.stage.server / "runs" / "chaos") == _weights(simulated)
 
     def _counted(self, said: list[str]) -> dict[tuple[int, str], str]:
