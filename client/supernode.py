@@ -19,6 +19,7 @@ import os
 import ssl
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -104,6 +105,34 @@ class CertifiedFleetClient(FleetHttpClient):
         return response
 
 
+def delivered(push: Callable[..., None]) -> Callable[..., None]:
+    """Flower's `_push_messages`, which raises where an answer was lost on its way.
+
+    Flower drops such an answer with a line in the log, and the server would miss it for the 180 s of a push session. It
+    happens when a connection breaks while a part is sent: repeated, the part belongs to no session any more. Raised,
+    the node goes offline and is started anew, the server asks again, and the answer comes from the outbox.
+    """
+
+    def push_messages(*, send: Callable[..., Any], push_object: Callable[..., Any], **others: Any) -> None:
+        lost: list[Exception] = []
+
+        def noting(ask: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any) -> Any:
+                try:
+                    return ask(*arguments)
+                except Exception as error:
+                    lost.append(error)
+                    raise
+
+            return call
+
+        push(send=noting(send), push_object=noting(push_object), **others)
+        if lost:
+            raise RuntimeError("an answer was lost on its way; the SuperNode is started anew") from lost[0]
+
+    return push_messages
+
+
 def _follow(path: Path, context: ssl.SSLContext) -> None:
     """Give new connections the renewed certificate; those that stand keep the one they began with."""
     wake, seen = threading.Event(), path.stat().st_mtime_ns
@@ -123,6 +152,7 @@ def main() -> None:
 
     setattr(fleet_http_connection, "FleetHttpClient", CertifiedFleetClient)  # noqa: B010 - a name of Flower's own
     start_client_internal._pull_and_store_message = tidied(start_client_internal._pull_and_store_message)
+    start_client_internal._push_messages = delivered(start_client_internal._push_messages)
     flower_supernode()
     # It has given up, and threads of Flower's would keep the process for ever: the supervisor must see its end.
     print("flower-supernode has ended; it is to be started anew", file=sys.stderr, flush=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import ssl
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -17,12 +20,13 @@ from flwr.proto.fleet_pb2 import (
     PullMessagesRequest,
 )
 from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from client import supernode
 from client.certificates import certificate_pem, new_tls_key, private_pem
-from client.supernode import CERTIFICATE, CertifiedFleetClient, client_context
+from client.supernode import CERTIFICATE, CertifiedFleetClient, client_context, delivered
 from deploy.authority import Authority
 
 
@@ -162,6 +166,33 @@ def test_a_supernode_that_gave_up_ends(monkeypatch) -> None:
     )
     monkeypatch.setattr(supernode.os, "_exit", ends.append)
     monkeypatch.setattr(fleet_http_connection, "FleetHttpClient", FleetHttpClient)
-    monkeypatch.setattr(start_client_internal, "_pull_and_store_message", lambda: None)
+    for name in ("_pull_and_store_message", "_push_messages"):
+        monkeypatch.setattr(start_client_internal, name, lambda: None)
     supernode.main()
     assert ends == [1]
+
+
+def test_a_lost_answer_ends_the_connection() -> None:
+    """Flower's function swallows the fault; one whose run has ended is no fault, and a good one passes."""
+
+    def push(*, send: Callable[[], None], push_object: Callable[[], None]) -> None:
+        with contextlib.suppress(Exception, RunNotRunningException):  # as flwr 1.41 does
+            send()
+            push_object()
+
+    def raises(error: BaseException) -> Callable[[], None]:
+        def call() -> None:
+            raise error
+
+        return call
+
+    def fine() -> None: ...
+
+    with pytest.raises(RuntimeError, match="started anew"):
+        delivered(push)(send=fine, push_object=raises(ValueError("session")))
+    with pytest.raises(RuntimeError, match="started anew"):
+        delivered(push)(send=raises(httpx.ReadError("x")), push_object=fine)
+    delivered(push)(send=raises(RunNotRunningException()), push_object=fine)
+    delivered(push)(send=fine, push_object=fine)
+    names = inspect.signature(start_client_internal._push_messages).parameters
+    assert {"send", "push_object"} < set(names)
