@@ -99,6 +99,7 @@ def test_a_line_that_heals_brings_its_site_back(federation: Federation, line: Fa
 
 def test_a_slow_and_a_broken_line_cost_time_alone(federation: Federation, line: FaultProxy) -> None:
     """Dripping for a round, then cut every two seconds for twenty: alder counts."""
+    federation.committed(1)
     line.bytes_per_second, line.delay = 16_384.0, 0.01
     line.become("slow")
     event = with_alder(federation, 240.0)
@@ -112,7 +113,7 @@ def test_a_slow_and_a_broken_line_cost_time_alone(federation: Federation, line: 
 
 def test_a_certificate_of_a_minute_is_renewed_by_itself(federation: Federation) -> None:
     """elm's first certificate has long expired; it has never been absent."""
-    certificate = read_certificate(federation.stage.sites["elm"] / "keys" / "tls.crt")
+    certificate = read_certificate(federation.stage.sites["elm"] / "keys" / "tls.pem")
     first = federation.events()[0]["time"]
     assert certificate.not_valid_after_utc.timestamp() > first + CERTIFICATE_SECONDS
     journal = federation.stage.sites["elm"] / "state" / "supervisor.jsonl"
