@@ -13,6 +13,8 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.superlink.servicer.fleet import fleet_handlers
 
+from deploy.object_guard import guard_objects
+
 
 def guarded_push_messages(push: Any) -> Any:
     """Flower's handler `push`, for requests with exactly one message whose source is the authenticated node."""
@@ -34,6 +36,7 @@ def main() -> None:
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
     fleet_handlers.push_messages = guarded_push_messages(fleet_handlers.push_messages)
+    guard_objects()
     flower_superlink()
 
 
