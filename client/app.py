@@ -57,7 +57,7 @@ def train(message: Message, context: Context) -> Message:
         assignment = from_wire(message.content, "assignment", Assignment)
         if guard is not None:
             guard.admit(task, assignment.run, assignment.round)
-            if (kept := guard.kept(assignment)) is not None:
+            if (kept := guard.kept(assignment, task)) is not None:
                 return kept
             patients = site.data(task).train_patients
             guard.admit(task, assignment.run, assignment.round, patients, trains=True)
@@ -79,9 +79,11 @@ def evaluate(message: Message, context: Context) -> Message:
         assignment = from_wire(message.content, "assignment", Assignment)
         if guard is not None:
             guard.admit(task, assignment.run, assignment.round)
+        weights = _model(message, task, assignment)
+        if guard is not None:
             guard.admit_scoring(task, assignment, site.data(task).train_patients)
             guard.committed(assignment.run, assignment.round)
-        scores = evaluate_site(site, task, assignment, _model(message, task, assignment))
+        scores = evaluate_site(site, task, assignment, weights)
         if guard is None:
             return release_scores(scores)
         guard.note_scores(scores, task)

@@ -113,6 +113,9 @@ class Invitation(Strict):
     run: str
     nonce: str  # fresh for every question: an old answer does not fit
 
+    def __post_init__(self) -> None:
+        _require(max(len(self.run), len(self.nonce)) <= 128, "a text is longer than 128 signs")
+
 
 @dataclass(frozen=True)
 class Assignment(Strict):
@@ -121,6 +124,12 @@ class Assignment(Strict):
     run: str
     round: int  # 1, 2, ...
     model_hash: str  # hex SHA-256 of the weights sent along
+
+    def __post_init__(self) -> None:
+        _require(len(self.run) <= 128, "a text is longer than 128 signs")
+        _require(0 <= self.round <= 100_000, f"round must lie in 0..100000, found {self.round}")
+        is_hash = len(self.model_hash) == 64 and set(self.model_hash) <= set("0123456789abcdef")
+        _require(is_hash, "model_hash must be 64 hexadecimal digits")
 
 
 @dataclass(frozen=True)
@@ -192,6 +201,7 @@ class Scores(Strict):
         numbers = [self.dice, self.hd95_mm, self.seconds, *self.dice_by_target.values()]
         _require(all(0 <= x <= LARGEST for x in numbers if x is not None), "scores must lie in 0..1e9")
         _require(self.patients >= 0 and self.hd95_undefined >= 0, "counts must not be negative")
+        _require(max(self.patients, self.hd95_undefined) <= LARGEST, "counts must lie in 0..1e9")
         _require(all(x <= 1 for x in [self.dice, *self.dice_by_target.values()] if x is not None), "Dice is at most 1")
 
 

@@ -6,6 +6,7 @@ Virtual sites, which have no keys, have no guard.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,10 +24,11 @@ from client.refusal import Refusal
 from client.site import Site, SiteConfig
 from medsegdiff.chained_log import ChainedLog
 from medsegdiff.errors import UserError
+from medsegdiff.strict import read_config
 
 AUDIT = "audit.jsonl"
 REPEATABLE = 2  # committed rounds that the server may have to ask for again: it keeps three checkpoints
-MOST_TOLD = 100  # refused runs that the audit log is told of: a server that invents names cannot fill the disk
+MOST_TOLD = 100  # refusals an hour that the audit log is told of: a server that invents names cannot fill the disk
 
 
 class Guard:
@@ -53,6 +55,8 @@ class Guard:
                 " Put the enrolled name back."
             )
         self._told: dict[str, str] = {}  # run -> code of the refusal that the audit log knows
+        self._lines: list[float] = []  # when refusals were told in the last hour
+        self._stamp = (folder / "site.yaml").stat().st_mtime_ns  # of the policy at hand
 
     def sign(self, message: bytes) -> bytes:
         """Signature of the site over what leaves."""
@@ -82,6 +86,7 @@ class Guard:
         Raises:
             Refusal: the policy or the missing approval forbids it; told once a run in the audit log.
         """
+        self._read_policy()
         try:
             if application_hash() != self.application:
                 raise Refusal(
@@ -100,11 +105,31 @@ class Guard:
                 trainings=self.outbox.trainings(run) if round_ is not None and trains else 0,
             )
         except Refusal as refusal:
-            if self._told.get(run) != refusal.code and len(self._told) < MOST_TOLD:
-                self._told[run] = refusal.code
-                self._note("refused", shown(run), task, round=round_, decision=refusal.code)
+            self._tell_refusal(refusal, run, task, round_)
             raise
         self._told.pop(run, None)
+
+    def _tell_refusal(self, refusal: Refusal, run: str, task: TrainTask, round_: int | None) -> None:
+        """One line in the audit log, not at every repetition; a flood of names is bounded, and that it was is told."""
+        if self._told.get(run) == refusal.code:
+            return
+        if len(self._told) >= MOST_TOLD:
+            del self._told[next(iter(self._told))]
+        self._told[run] = refusal.code
+        now = time.monotonic()
+        self._lines = [moment for moment in self._lines if now - moment < 3600.0]
+        if len(self._lines) < MOST_TOLD:
+            self._lines.append(now)
+            self._note("refused", shown(run), task, round=round_, decision=refusal.code)
+            if len(self._lines) == MOST_TOLD:
+                self.audit.append("refusals_left_out", hourly=MOST_TOLD)
+
+    def _read_policy(self) -> None:
+        """The policy as it stands in site.yaml now. Raises UserError where it cannot be read: nothing passes then."""
+        stamp = (self.folder / "site.yaml").stat().st_mtime_ns
+        if stamp != self._stamp:
+            self.policy = read_config(self.folder / "site.yaml", SiteConfig).policy
+            self._stamp = stamp
 
     def admit_scoring(self, task: TrainTask, assignment: Assignment, train_patients: int) -> None:
         """Let a request to score pass, or refuse it: a round's model is scored, not as many models as a server likes.
@@ -114,8 +139,9 @@ class Guard:
         """
         self.admit(task, assignment.run, assignment.round, train_patients)
         if not self.outbox.may_score(assignment.run, assignment.model_hash, task.rounds + SPARE_TRAININGS):
-            self._note("refused", assignment.run, task, round=assignment.round, decision="too-many-rounds")
-            raise Refusal("too-many-rounds", f"run {assignment.run}: asks for scores of ever more models.")
+            refusal = Refusal("too-many-rounds", f"run {assignment.run}: asks for scores of ever more models.")
+            self._tell_refusal(refusal, assignment.run, task, assignment.round)
+            raise refusal
 
     def note_fault(self, code: str) -> None:
         """Tell the audit log that a request was not answered; the site's log says where. Not at every repetition."""
@@ -130,21 +156,24 @@ class Guard:
         self._note("introduced", presence.run, task, patients=presence.train_patients, decision="answered")
         return replace(presence, application=self.application, audit_head=self.audit.head)
 
-    def kept(self, assignment: Assignment) -> RecordDict | None:
+    def kept(self, assignment: Assignment, task: TrainTask) -> RecordDict | None:
         """The answer that was given, or was about to be given, to this very question; None: it is to be worked out.
 
         Raises:
             Refusal: the round was trained from another model; a second answer would be a second training.
         """
-        self.committed(assignment.run, assignment.round - 1)
-        found = self.outbox.find(assignment)
-        if found is None:
-            return None
-        update, content = found
-        if update.base_hash != assignment.model_hash:
-            raise Refusal(
+        before = self.outbox.base_of(assignment.run, assignment.round)
+        if before not in (None, assignment.model_hash):
+            refusal = Refusal(
                 "base-changed", f"round {assignment.round} was trained from another model; it is not repeated."
             )
+            self._tell_refusal(refusal, assignment.run, task, assignment.round)
+            raise refusal
+        self.committed(assignment.run, assignment.round - 1)
+        found = self.outbox.find(assignment)
+        if found is None or found[0].base_hash != assignment.model_hash:  # killed before the training was entered
+            return None
+        update, content = found
         self.audit.append("repeated", run=assignment.run, round=assignment.round, delta=update.delta_hash)
         return content
 

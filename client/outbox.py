@@ -9,6 +9,7 @@ stay, too: a server whose newest checkpoints were damaged goes back to the one b
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from flwr.app import ConfigRecord, RecordDict
@@ -21,6 +22,8 @@ from medsegdiff.files import write_atomic
 from medsegdiff.weights import hash_weights, read_tensors
 
 log = logging.getLogger("medsegfed.site")
+
+TRAININGS = "trainings"  # beside the updates of a run, and kept when they go: round and base model of every training
 
 
 class Outbox:
@@ -37,7 +40,7 @@ class Outbox:
         }
         data = save({name: value.contiguous() for name, value in delta.items()}, metadata=metadata)
         write_atomic(self._path(update.run, update.round), data)
-        self._count(update.run)
+        self._enter(update)  # after it: a disk that is full for an hour must not use the trainings up
 
     def find(self, assignment: Assignment) -> tuple[Update, RecordDict] | None:
         """The update of a round as it was, or would have been, sent; None where there is none, or it is damaged."""
@@ -63,19 +66,34 @@ class Outbox:
 
     def trainings(self, run: str) -> int:
         """How often the site has trained for a run; every update that was kept counts."""
-        path = self.folder / run / "trainings"
-        try:
-            return int(path.read_text())
-        except FileNotFoundError:
-            return 0
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: the count of trainings cannot be read ({error}); nothing is trained. Write into it the number"
-                f" of 'update' lines that the audit log has for {run}."
-            ) from error
+        return len(self._trained(run))
 
-    def _count(self, run: str) -> None:
-        write_atomic(self.folder / run / "trainings", str(self.trainings(run) + 1).encode())
+    def base_of(self, run: str, round_: int) -> str | None:
+        """Hash of the model that a round was trained from, also after its update was forgotten."""
+        return next((base for number, base in self._trained(run) if number == round_), None)
+
+    def _trained(self, run: str) -> list[tuple[int, str]]:
+        """Round and base model of every training, in order.
+
+        Raises:
+            UserError: the list cannot be read; nothing may be trained then.
+        """
+        path = self.folder / run / TRAININGS
+        try:
+            lines = path.read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, run, str(error)) from error
+        found = [re.fullmatch(r"([0-9]{1,9}) ([0-9a-f]{64})", line) for line in lines]
+        if not all(found):
+            raise _unreadable(path, run, "a line is not one of ours")
+        return [(int(line[1]), line[2]) for line in found if line]
+
+    def _enter(self, update: Update) -> None:
+        lines = [*self._trained(update.run), (update.round, update.base_hash)]
+        text = "".join(f"{number} {base}\n" for number, base in lines)
+        write_atomic(self.folder / update.run / TRAININGS, text.encode())
 
     def may_score(self, run: str, model_hash: str, most: int) -> bool:
         """Whether a model may be scored: one that was scored before, or one of at most `most` in a run."""
@@ -102,3 +120,10 @@ class Outbox:
 
     def _path(self, run: str, round_: int) -> Path:
         return self.folder / run / f"round-{round_:06d}.safetensors"
+
+
+def _unreadable(path: Path, run: str, fault: str) -> UserError:
+    return UserError(
+        f"{path}: the list of trainings cannot be read ({fault}); nothing is trained. Restore it, or write a line"
+        f" 'ROUND BASE' for each 'update' that the audit log has for {run}."
+    )

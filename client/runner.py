@@ -10,6 +10,7 @@ alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
@@ -96,7 +97,8 @@ class Runner:
             log.error("a task was lost on its way to or from the SuperNode (%s)", type(error).__name__)
         finally:
             if done:  # else: the claim on the task runs out, and the SuperNode, which would wait for ever, goes on
-                push_task_output(client, context, SubStatus.COMPLETED, "")
+                with contextlib.suppress(*LOST):  # the answer has arrived; a SuperNode that has gone asks no more of it
+                    push_task_output(client, context, SubStatus.COMPLETED, "")
             if heartbeat.is_running:
                 heartbeat.stop()
             client.close()

@@ -67,7 +67,11 @@ def approve_run(folder: Path, run: str, by: str, confirmed: Callable[[list[str]]
     if not confirmed(explain_task(waiting.task, run, facts)):
         return f"{run}: not approved; it goes on waiting, and nothing is trained."
     approval = approve(folder, waiting, keys, application.hash, by)
-    _note(folder, "approved", run, waiting.task, approval.application, by)
+    try:
+        _note(folder, "approved", run, waiting.task, approval.application, by)
+    except UserError:
+        revoke_approval(folder, run)  # nothing runs under an approval that the audit log does not know
+        raise
     return (
         f"{run} is approved. The server asks again within seconds. To take it back: medsegfed approve {run} --take-back"
     )

@@ -112,7 +112,8 @@ def admit(
     typer.echo(f"Admitted. Send {kit} back; it holds no secret. The hospital runs: medsegfed join --kit {kit.name}")
     if fingerprint is None:
         typer.echo(
-            "Before you send it, compare the fingerprint above on the phone: whoever changed the request holds it."
+            "Before you send it, compare the fingerprint above on the phone: whoever changed the request holds it. If "
+            f"it differs: medsegfed revoke {kit.stem} --reason 'another fingerprint'"
         )
 
 

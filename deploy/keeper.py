@@ -82,17 +82,21 @@ class RunKeeper:
                 self._trouble = ""
             except httpx.HTTPError:
                 continue  # the SuperLink is not there; the supervisor starts it again
-            except (UserError, OSError) as error:
-                if str(error) != self._trouble:  # once, not at every look
-                    self._trouble = str(error)
-                    self.tell("trouble", {"reason": self._trouble})
+            except Exception as error:  # a keeper that ended would look after nothing any more
+                known = isinstance(error, (UserError, OSError))
+                reason = str(error) if known else f"{type(error).__name__}: {error}"
+                if reason != self._trouble:  # once, not at every look
+                    self._trouble = reason
+                    log.exception("the keeper could not do its work") if not known else None
+                    self.tell("trouble", {"reason": reason})
 
     def look(self) -> None:
         """Compare what should be with what is, and mend the difference."""
         admitted = {s: m.node_key for s, m in self.federation.members().items() if m.status == "admitted"}
-        if admitted != self._admitted:
-            if self._admitted is not None:
-                self.members_changed()
+        if (
+            admitted != self._admitted
+        ):  # at the first look, too: somebody may have come in since the gateway was configured
+            self.members_changed()
             self._admitted = admitted
         self._control = self._control or self.connect()  # kept: a new TLS connection at every look costs the SuperLink
         try:

@@ -9,9 +9,11 @@ runs/NAME/journal.jsonl  what happened, told by the ServerApp alone
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from medsegdiff.strict import Strict, dump_yaml, plain, read_config
 from server.config import RunPlan, RunRequest, make_plan
 from server.journal import read_events
 from server.rounds import ENDED, run_state
+
+log = logging.getLogger("medsegfed.supervisor")
 
 QUEUED = "queued.json"
 STOP = "stop.json"  # server.app looks for it
@@ -88,13 +92,18 @@ def queue_run(runs: Path, plan: RunPlan, by: str) -> Path:
     """
     folder = runs / plan.name
     if (folder / "run.yaml").exists():
-        if plain(read_config(folder / "run.yaml", RunPlan)) != plain(plan):
+        before = read_config(folder / "run.yaml", RunPlan)
+        if before.run_id != plan.run_id:
             raise UserError(
                 f"{folder}: holds a run of that name with another plan, which the sites approved; nothing was changed. "
                 "Choose another name in the run file."
             )
         if run_state(read_events(folder / "journal.jsonl")) == "finished":
             raise UserError(f"{folder}: the run has finished. See medsegfed report {plan.name}.")
+        if plain(before) != plain(plan):  # quorum, deadline or patience
+            if wanted(folder):
+                raise UserError(f"{folder}: the run is under way; stop it before you change its quorum or deadlines.")
+            write_atomic(folder / "run.yaml", dump_yaml(plan).encode())
     else:
         with new_folder(folder) as partial:
             write_atomic(partial / "run.yaml", dump_yaml(plan).encode())
@@ -127,8 +136,18 @@ def wanted(folder: Path) -> bool:
     asked = read_queued(folder)
     if asked is None:
         return False
-    events = read_events(folder / "journal.jsonl")
-    return run_state(events[asked["events"] :]) not in ENDED
+    try:
+        found = (folder / "journal.jsonl").stat()
+        stamp = (found.st_mtime_ns, found.st_size)
+    except OSError:
+        stamp = (0, 0)
+    return not _has_ended(folder, asked["events"], stamp)
+
+
+@lru_cache(maxsize=1024)
+def _has_ended(folder: Path, events: int, _stamp: tuple[int, int]) -> bool:
+    """Whether a journal tells an end after so many events; looked at anew when it has changed (`_stamp`)."""
+    return run_state(read_events(folder / "journal.jsonl")[events:]) in ENDED
 
 
 def read_queued(folder: Path) -> dict[str, Any] | None:
@@ -145,7 +164,16 @@ def read_queued(folder: Path) -> dict[str, Any] | None:
 def next_run(runs: Path) -> Path | None:
     """The run to carry out now: the one that was asked for first and has not ended."""
     queued = [(asked["time"], folder) for folder in runs.glob("*") if (asked := read_queued(folder)) is not None]
-    return next((folder for _, folder in sorted(queued) if wanted(folder)), None)
+    return next((folder for _, folder in sorted(queued) if _is_next(folder)), None)
+
+
+def _is_next(folder: Path) -> bool:
+    """As `wanted`; a run whose journal is damaged holds up none of the others."""
+    try:
+        return wanted(folder)
+    except UserError as error:
+        log.warning("%s", error)
+        return False
 
 
 def run_of(runs: Path, name: str | None) -> Path:

@@ -39,7 +39,7 @@ from deploy.processes import LOOPBACK, answers_https, environment, note, shared_
 from deploy.renewal import renew_server, renewal_due
 from deploy.renewal_service import serve_renewals
 from deploy.runs import next_run
-from deploy.supervisor import Supervisor
+from deploy.supervisor import Supervisor, hold
 from medsegdiff.errors import UserError
 from server.journal import Journal
 
@@ -213,7 +213,7 @@ class Server:
                 if stale and next_run(self.federation.runs) is None:  # a run would recover, but need not be disturbed
                     self.supervisor.restart("superlink", "its certificate was renewed")
                     stale = False
-            except (UserError, OSError) as error:
+            except Exception as error:  # whatever it is, the certificate has to be looked after on
                 self.tell("trouble", {"reason": str(error)})
 
 
@@ -228,6 +228,8 @@ def start_server(folder: Path, events: Events) -> None:
     """
     federation = open_federation(folder.resolve())
     federation.state.mkdir(mode=0o700, exist_ok=True)
+    with hold(federation.state / "lock"):
+        pass  # a second server would write over the configuration of the first before its supervisor finds that out
     journal = Journal(federation.state / "supervisor.jsonl")
     lock = threading.Lock()
 

@@ -24,7 +24,7 @@ from deploy.child import Child
 from deploy.health import probe
 from deploy.processes import LOOPBACK, environment, free_ports, note, shared_secret
 from deploy.renewal import renew_site, renewal_due
-from deploy.supervisor import Supervisor
+from deploy.supervisor import Supervisor, hold
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
 from server.journal import Journal
@@ -39,7 +39,7 @@ def open_site_folder(folder: Path) -> tuple[SiteConfig, SiteKeys]:
     """Configuration and keys of a site that may be started.
 
     Raises:
-        UserError: no site.yaml, no keys, no kit, or a certificate that has expired.
+        UserError: no site.yaml, no keys, or no kit.
     """
     path = folder / "site.yaml"
     config = read_config(path, SiteConfig)
@@ -109,7 +109,11 @@ class Renewal:
 
     def look(self) -> float:
         """Renew if it is time; returns the seconds until the next look."""
-        certificate = self.keys.certificate()
+        try:
+            certificate = self.keys.certificate()
+        except (UserError, OSError) as error:
+            self.tell("not_renewed", {"reason": str(error)})
+            return RENEW_LOOK_SECONDS
         life = (certificate.not_valid_after_utc - certificate.not_valid_before_utc).total_seconds()
         pause = min(RENEW_LOOK_SECONDS, life / 20)
         if not renewal_due(certificate):
@@ -117,7 +121,7 @@ class Renewal:
         try:
             renew_site(self.folder)
             self.tell("renewed", {})
-        except UserError as error:
+        except Exception as error:  # whatever it was, it is tried again
             self.tell("not_renewed", {"days_left": round(days_left(certificate), 4), "reason": str(error)})
         return pause
 
@@ -129,10 +133,18 @@ def start_site(folder: Path, events: Events) -> None:
         events: told what happens, beside the journal in state/supervisor.jsonl.
 
     Raises:
-        UserError: as `open_site_folder`; or another process runs this site.
+        UserError: as `open_site_folder`; the certificate has expired; or another process runs this site.
     """
     folder = folder.resolve()
     _, keys = open_site_folder(folder)
+    certificate = keys.certificate()
+    if days_left(certificate) <= 0:
+        raise UserError(
+            f"the site's certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, so it would be"
+            " turned away. Run medsegfed join NAME --patients N again and send the request; the keys stay."
+        )
+    with hold(folder / "state" / "lock"):
+        pass  # a second site process would renew the certificate beside the first
     journal = Journal(folder / "state" / "supervisor.jsonl")
 
     def tell(event: str, facts: dict[str, Any]) -> None:

@@ -132,14 +132,20 @@ class RunPlan(Strict):
 
     @property
     def run_id(self) -> str:
-        """Our own identity of the run: its name and a hash of all that defines it, whatever the engine."""
-        defining = compact_json(replace(self, engine="any"))
+        """Our own identity of the run: its name and a hash of all that defines the model and what sites are asked.
+
+        The engine does not, nor how long a round waits and for how many: that may change while a run goes on.
+        """
+        defining = compact_json(replace(self, engine="any", **_PATIENCE))
         return f"{self.name}-{hashlib.sha256(defining.encode()).hexdigest()[:12]}"
 
     @property
     def required(self) -> int:
         """Updates without which a round does not count."""
         return self.quorum if self.quorum is not None else len(self.roster)
+
+
+_PATIENCE: dict[str, Any] = {"quorum": None, "deadline_seconds": 3600.0, "absence_seconds": 120.0}
 
 
 def make_plan(

@@ -210,7 +210,8 @@ class Exchange:
         """Introductions to strangers, the round's question to every site that owes an answer and has not been asked.
 
         Returns:
-            Whether a site was asked the round's question.
+            Whether a site was asked the round's question that has not refused or lost it before: one that is asked
+            again and again holds nobody up.
         """
         now = time.monotonic()
         asked = {(node, q.site is None, q.activation) for node, q in self._pending.values()}
@@ -234,12 +235,13 @@ class Exchange:
                 messages.append((message, _Question(site, activation)))
         if not messages:
             return False
+        first = [question for _, question in messages if question.site and question.site not in round_state.not_before]
         messages.sort(key=lambda pair: pair[1].site or "")  # site order: a simulation trains in it
         ids = self.grid.push_messages([message for message, _ in messages])
         for message_id, (message, question) in zip(ids, messages, strict=False):
             if message_id is not None:
                 self._pending[message_id] = (message.metadata.dst_node_id, question)
-        return any(question.site is not None for _, question in messages)
+        return bool(first)
 
     def _pull(self, round_state: _Round) -> Iterator[tuple[str | None, Message]]:
         """Replies that are here, one at a time; the site is None for what does not count in the round."""
@@ -268,13 +270,13 @@ class Exchange:
         if not self.patient or not reply.has_error():
             self.refused.pop(site, None)
             return site
-        if lost:
+        if lost and reply.metadata.src_node_id == SUPERLINK_NODE_ID:  # a site's own word for it is a refusal
             log.warning("%s lost its line; it is asked again when it is back", site)
             self.journal.append("lost", site=site)
             round_state.not_before[site] = time.monotonic() + LOOK_SECONDS
             self._looked = -LOOK_SECONDS
             return None
-        code = refusal_of(reply)
+        code = "fault" if lost else refusal_of(reply)
         if code is None:
             return site  # an error that screening names
         self._refuse(site, code)
@@ -283,6 +285,8 @@ class Exchange:
 
     def _introduce(self, node: int, nonce: str, reply: Message) -> None:
         name = self._online.get(node, ("", ""))[0]
+        if self.patient and not name:
+            return  # it went offline, or was revoked, while it answered; it is asked again when it is back
         try:
             if self.patient and reply.has_error():
                 self._retry[node] = time.monotonic() + (LOOK_SECONDS if reply.error.code in LOST else RETRY_SECONDS)

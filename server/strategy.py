@@ -64,7 +64,7 @@ class FederatedAveraging(Strategy):
         self.model_hash = ""
         self.exchange: Exchange | None = None  # conversations over the grid of `start`
         self._usable = 0  # updates folded in the round at hand
-        self._needed = plan.required  # of them
+        self._round = 0  # the round at hand
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ class FederatedAveraging(Strategy):
         result = Result()
         for round_ in range(first, num_rounds + 1):
             if round_ > first:
-                self._usable, self._needed = 0, len(self._sites_before(round_)) or self.plan.required
+                self._usable, self._round = 0, round_
                 self.aggregate_train(round_, self._train(round_))
             if self._due(round_) and self.journal.last("scores", round=round_, model_hash=self.model_hash) is None:
                 metrics = self.aggregate_evaluate(round_, self._evaluate(round_))
@@ -139,7 +139,15 @@ class FederatedAveraging(Strategy):
         return self.exchange.ask(MessageType.EVALUATE, round_, self._records(round_), lambda: True, 0.0)
 
     def _enough(self) -> bool:
-        return self._usable >= self._needed
+        return self._usable >= self._required(self._round)
+
+    def _required(self, round_: int) -> int:
+        """Updates without which a round does not count: the quorum, by default all that are members at this moment."""
+        if before := self._sites_before(round_):
+            return len(before)
+        if self.plan.quorum is not None or self.membership is None or self.exchange is None:
+            return self.plan.required
+        return max(1, sum(self.exchange.is_member(site) for site in self.plan.roster))
 
     # --- Flower's interface -------------------------------------------------------------------------------------------
 
@@ -185,7 +193,7 @@ class FederatedAveraging(Strategy):
             accepted[site] = {"patients": update.patients, "loss": update.loss, "seconds": update.seconds}
             received += outcome.bytes
         absent = [site for site in self.plan.roster if site not in accepted and site not in rejected]
-        if len(accepted) < self.plan.required:
+        if len(accepted) < self._required(server_round):
             raise self._below_quorum(server_round, accepted, rejected, absent)
         sent = 4 * sum(math.prod(shape) for shape in self.shapes.values()) * (len(accepted) + len(rejected))
         self._commit(server_round, total, accepted, rejected, absent, {"up": received, "down": sent})
@@ -306,6 +314,10 @@ class FederatedAveraging(Strategy):
             absent=record["absent"],
         )
 
+    @property
+    def _again(self) -> str:
+        return "--resume" if self.membership is None else "medsegfed run RUN.yaml"
+
     def _below_quorum(
         self, round_: int, accepted: dict[str, Any], rejected: dict[str, str], absent: list[str]
     ) -> UserError:
@@ -320,8 +332,8 @@ class FederatedAveraging(Strategy):
         self.journal.append("below_quorum", round=round_, accepted=sorted(accepted), rejected=rejected, absent=absent)
         return UserError(
             f"round {round_}: {len(accepted)} of {len(self.plan.roster)} sites gave a usable update, the quorum is "
-            f"{self.plan.required}: {'; '.join(reasons)}. Rounds up to {round_ - 1} are kept. Mend the sites and go on "
-            "with --resume, or lower run.quorum."
+            f"{self._required(round_)}: {'; '.join(reasons)}. Rounds up to {round_ - 1} are kept. Mend the sites and"
+            f" go on with {self._again}, or lower run.quorum."
         )
 
 

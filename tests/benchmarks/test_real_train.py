@@ -78,6 +78,7 @@ def _assert_equal_compute(ours: dict[str, Any], peer: dict[str, Any]) -> None:
     assert ours["train_slices"] == peer["train_slices"]
 
 
+@pytest.mark.slow
 def test_pieces_end_with_the_bits_of_one_run(
     piece: Callable[..., int], small_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_pieces_end_with_the_bits_of_one_run(
     assert all(path.stat().st_size < 1_000_000 for path in (tmp_path / "many").glob("*.examples.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_job_whose_state_is_lost_starts_anew(piece: Callable[..., int], tmp_path: Path) -> None:
     """Rows of a training that is gone are not kept beside those of the next; finished jobs are not repeated."""
     name = "source-alder-medsegdiff"
@@ -190,6 +192,7 @@ sys.exit(train.main(["--plan", "small", "--cache", {str(small_cache)!r}, "--out"
     return [sys.executable, "-c", (BARE if bare else "import sys\n") + body]
 
 
+@pytest.mark.slow
 def test_the_core_path_needs_three_packages(small_cache: Path, tmp_path: Path) -> None:
     """Three steps and their scores on a machine that has torch, numpy and safetensors and nothing else."""
     done = subprocess.run(_script(small_cache, tmp_path), cwd=ROOT, capture_output=True, text=True, check=False)
@@ -198,6 +201,7 @@ def test_the_core_path_needs_three_packages(small_cache: Path, tmp_path: Path) -
     assert result["stage"] == "done"
 
 
+@pytest.mark.slow
 def test_the_peer_is_refused_on_a_bare_machine(small_cache: Path, tmp_path: Path) -> None:
     """The bare machine of the test above is bare indeed: asking for MONAI there fails."""
     command = _script(small_cache, tmp_path)

@@ -148,11 +148,28 @@ def test_a_repeated_question_gets_the_same_bytes_without_training(hospital, monk
 
 
 def test_a_round_is_not_trained_from_a_second_model(hospital) -> None:
-    """Refused by its code while the first answer stands in the outbox."""
+    """Refused by its code and told in the audit log, also after the server claimed that the round was committed."""
     site = hospital()
     site.approve()
     assert not site.train(seed=0).has_error()
     assert code(site.train(seed=1)) == "base-changed"
+    site.guard.outbox.forget("run-1", 2)
+    assert code(site.train(seed=1)) == "base-changed"
+    assert [line["decision"] for line in site.audited("refused")][-1] == "base-changed"
+
+
+def test_a_policy_that_was_changed_holds_from_the_next_question_on(hospital) -> None:
+    """No restart; a file that cannot be read lets nothing pass."""
+    site = hospital()
+    site.approve()
+    path = site.folder / "site.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("min_patients: 1", "min_patients: 4"))
+    assert code(site.train()) == "too-few-patients"
+    path.write_text(text + "policy: [")
+    assert code(site.train()) == "fault"
+    path.write_text(text)
+    assert not site.train().has_error()
 
 
 def test_no_more_trainings_than_the_run_has_rounds_and_a_few(hospital) -> None:
@@ -161,9 +178,12 @@ def test_no_more_trainings_than_the_run_has_rounds_and_a_few(hospital) -> None:
     site.approve()
     allowed = site.task.rounds + SPARE_TRAININGS
     (site.folder / "outbox" / "run-1").mkdir(parents=True)
-    (site.folder / "outbox" / "run-1" / "trainings").write_text(str(allowed - 1))
+    (site.folder / "outbox" / "run-1" / "trainings").write_text(f"2 {'b' * 64}\n" * (allowed - 1))
     assert not site.train(1).has_error()
-    assert code(site.train(2, seed=7)) == "too-many-rounds"
+    shutil.rmtree(site.folder / "outbox" / "run-1", ignore_errors=False)
+    (site.folder / "outbox" / "run-1").mkdir()
+    (site.folder / "outbox" / "run-1" / "trainings").write_text(f"2 {'b' * 64}\n" * allowed)
+    assert code(site.train(1, seed=7)) == "too-many-rounds"
     assert code(site.train(3)) == "round-out-of-range"
 
 
@@ -249,6 +269,7 @@ def test_invented_names_do_not_fill_the_audit_log(hospital) -> None:
     for number in range(130):
         site.ask(MessageType.QUERY, invitation=to_wire(Invitation(f"made-up-{number}", "n")))
     assert len(site.audited("refused")) == 100
+    assert len(site.audited("refusals_left_out")) == 1
     for _ in range(3):
         assert code(site.ask(MessageType.QUERY)) == "fault"  # no invitation at all
     assert len(site.audited("not_answered")) == 1

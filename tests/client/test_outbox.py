@@ -55,6 +55,7 @@ def test_rounds_are_forgotten_when_they_were_committed(tmp_path: Path) -> None:
         ("run-1", 1), ("run-1", 2), ("run-1", 3), ("run-2", 1))]  # fmt: skip
     assert kept == [False, False, True, True]
     assert (outbox.trainings("run-1"), outbox.trainings("run-2"), outbox.trainings("run-3")) == (3, 1, 0)
+    assert [outbox.base_of("run-1", round_) for round_ in (1, 3, 4)] == ["a" * 64, "a" * 64, None]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
@@ -68,10 +69,11 @@ def test_a_damaged_update_is_no_answer(tmp_path: Path, damage: str) -> None:
     assert outbox.find(Assignment("run-1", 1, "a" * 64)) is None
 
 
-def test_an_unreadable_count_stops_the_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["many", "1 abc\n", "2", "1 " + "a" * 64 + " x\n"])
+def test_an_unreadable_list_stops_the_training(tmp_path: Path, text: str) -> None:
     """It bounds how often a server may have the site train: fail closed, and say what to do."""
     outbox = Outbox(tmp_path)
     outbox.keep(*answer(1))
-    (tmp_path / "run-1" / "trainings").write_text("many")
+    (tmp_path / "run-1" / "trainings").write_text(text)
     with pytest.raises(UserError, match="nothing is trained"):
         outbox.trainings("run-1")

@@ -83,6 +83,7 @@ def test_the_table_ends_in_the_folder(medsegfed, model, tiny_source, tmp_path) -
     assert found[0] < found[1]
 
 
+@pytest.mark.slow
 def test_same_figures_same_bytes() -> None:
     """No date, no counter, no setting of the reader's goes into a picture."""
     calibrations = Calibrations(("t",))
@@ -92,6 +93,7 @@ def test_same_figures_same_bytes() -> None:
     assert (draw_example(example(0.5), ("t",), "best"), draw_reliability(calibrations.results())) == first
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten_and_nothing_half_written(medsegfed, model, tiny_source, tmp_path, monkeypatch) -> None:
     """A folder in use, a file, a tolerance that is none: refused at once; a failure on the way leaves nothing."""
     used = tmp_path / "used"
@@ -114,6 +116,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(medsegfed, model, tiny_
     assert [path.name for path in tmp_path.iterdir()] == ["used"]
 
 
+@pytest.mark.slow
 def test_several_raters_are_scored(medsegfed, model, tiny_source, tmp_path) -> None:
     """A folder where two people drew: per patient, in the summary, in the table and in the CSV."""
     source = Path(shutil.copytree(tiny_source, tmp_path / "source"))
@@ -197,6 +200,7 @@ def test_volumes_are_shown_as_radiologists_see_them() -> None:
     assert upright(plane[None], mirrored=False)[0].tolist() == [[2, 5], [1, 4], [0, 3]]
 
 
+@pytest.mark.slow
 def test_a_small_structure_is_shown_in_detail_with_a_frame() -> None:
     """Pixels change where the structure is enlarged; a name with a dollar sign is drawn as it is."""
     small, large = (draw_example(replace(example(0.5, size), patient_id="$x$"), ("t",), "best") for size in (3, 18))
@@ -206,6 +210,7 @@ def test_a_small_structure_is_shown_in_detail_with_a_frame() -> None:
     assert draw_example(empty, ("t",), "worst").startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_reliability_is_drawn_for_any_number_of_targets() -> None:
     """One, seven, and one of which there is nothing."""
     for count in (1, 7):

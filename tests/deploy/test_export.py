@@ -132,6 +132,7 @@ def assert_same_masks(docs: dict[str, Any], model: Path, folder: Path, batch: in
     np.testing.assert_allclose(theirs, ours, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_documented_loop(docs, plain_model, plain_folder, batch):
     """The example of the documentation draws our masks, at any batch size."""

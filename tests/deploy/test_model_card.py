@@ -23,6 +23,7 @@ def assert_within_15_percent(found: dict[str, Any]) -> None:
         assert 0.85 < found[what]["ratio"] < 1.15, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("name", "size", "batch"), [("tiny", 64, 1), ("tiny", 64, 8)])
 def test_the_forecast_is_what_the_allocator_counts(name: str, size: int, batch: int, precision: str) -> None:
@@ -46,6 +47,7 @@ def test_the_forecast_holds_on_a_gpu(name: str, size: int, batch: int, precision
     assert_within_15_percent(measure(name, size, batch, precision, torch.device("cuda")))
 
 
+@pytest.mark.slow
 def test_leaving_out_any_part_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Variants that miss it: a GPU's rules for a CPU, an N x N attention matrix, no average, no backward pass."""
     right = training_bytes(TINY, 8, "bf16", gpu=False)
@@ -75,6 +77,7 @@ def test_allocations_are_counted_until_they_are_let_go() -> None:
     assert count.live == 8_000
 
 
+@pytest.mark.slow
 def test_the_forecast_grows_as_it_must() -> None:
     """Linear in the batch beyond the weights; more for more pixels, fp32, an average, more mask channels."""
     one, two, three = (training_bytes(TINY, batch, "fp32") for batch in (1, 2, 3))
@@ -84,17 +87,20 @@ def test_the_forecast_grows_as_it_must() -> None:
     assert training_bytes(preset("tiny", mask_channels=4), 1, "fp32") > one
 
 
+@pytest.mark.slow
 def test_autocast_on_a_gpu_is_counted_with_its_float32_parts() -> None:
     """In fp32 there is no such difference between the devices."""
     assert training_bytes(TINY, 2, "fp32", gpu=True) == training_bytes(TINY, 2, "fp32", gpu=False)
 
 
+@pytest.mark.slow
 def test_every_kind_of_network_can_be_described() -> None:
     """Auxiliary head, self-conditioning, dropout, several channels."""
     config = ModelConfig(image_size=16, image_channels=3, mask_channels=2, auxiliary_head=True, self_conditioning=True)
     assert training_bytes(config, 2, "bf16") > training_bytes(ModelConfig(image_size=16), 2, "bf16")
 
 
+@pytest.mark.slow
 def test_figures_and_their_lines() -> None:
     """Parameters as the network has them; training is three forward passes; both precisions are told."""
     figures = describe_preset("tiny", 32, 4, 1, 1)

@@ -119,6 +119,26 @@ def test_another_plan_under_the_same_name_is_refused(tmp_path) -> None:
     assert (folder / "run.yaml").read_bytes() == before
 
 
+def test_the_quorum_may_change_while_a_run_rests(tmp_path) -> None:
+    """The sites approved the task, not the patience: the same run goes on; while it is under way it does not change."""
+    folder = queued(tmp_path)
+    other = resolve_run(written(tmp_path, RUN.replace("rounds: 3", "rounds: 3, quorum: 1")), MEMBERS)
+    with pytest.raises(UserError, match="under way; stop it"):
+        queue_run(tmp_path / "runs", other, "day")
+    Journal(folder / "journal.jsonl").append("failed")
+    assert queue_run(tmp_path / "runs", other, "day") == folder
+    assert read_config(folder / "run.yaml", RunPlan).required == 1
+
+
+def test_a_damaged_journal_holds_up_no_other_run(tmp_path) -> None:
+    """The queue passes it over."""
+    first = queued(tmp_path)
+    time.sleep(0.01)
+    second = queued(tmp_path, "second")
+    (first / "journal.jsonl").write_text("not a journal\n{}\n")
+    assert next_run(tmp_path / "runs") == second
+
+
 def test_a_stop_is_for_a_run_under_way(tmp_path) -> None:
     """Written for the ServerApp to find; taken back when the run is asked for again; refused where nothing runs."""
     folder = queued(tmp_path)

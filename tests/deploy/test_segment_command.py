@@ -351,6 +351,7 @@ def test_resume_goes_on_with_the_same_work_alone(segment: Run, tmp_path: Path) -
     assert (code, json.loads(out)["skipped"]) == (0, [str(scan)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "count", "left"), [("preview", 2, 2), ("move", 7, 1)])
 def test_a_killed_job_goes_on(model: Path, segment: Run, tmp_path: Path, what: str, count: int, left: int) -> None:
     """Killed in the second scan, at its preview or while its files are moved: what stands is whole, and --resume ends

@@ -35,6 +35,7 @@ def train(tiny_source: Path, tiny_task: TrainTask, tmp_path: Path) -> Train:
     return run
 
 
+@pytest.mark.slow
 def test_precision_changes_the_model_and_compilation_does_not(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes with compilation (traced, without code generation); others in bf16."""
     plain = train("plain")

@@ -257,6 +257,16 @@ def test_a_site_that_never_approves_does_not_hold_the_others_up(scene) -> None:
     assert 1060 <= s.clock.now < 1065
 
 
+@pytest.mark.parametrize("answer", [Error(REFUSED, "outside-hours: x"), Error(ErrorCode.CLIENT_APP_CRASHED, "x")])
+def test_a_site_that_refuses_to_train_does_not_hold_the_others_up(scene, answer) -> None:
+    """Introduced, it refuses, or loses its process, every time it is asked: 60 seconds, a refusal told once."""
+    s = scene(quorum=2)
+    s.network["elm"].answer = only(MessageType.TRAIN, answer)
+    assert s.ask() == ["alder", "birch"]
+    assert 1060 <= s.clock.now < 1065
+    assert len(s.told("refused")) == (answer.code == REFUSED)
+
+
 def test_a_round_that_is_late_says_so_once(scene) -> None:
     """Elm works for two deadlines, then answers: one line that it is waited for, one that the run goes on."""
     s = scene()

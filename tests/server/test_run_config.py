@@ -61,17 +61,17 @@ def test_a_plan_survives_its_file(tmp_path, tiny_task) -> None:
 
 
 def test_the_run_id_is_the_runs_alone(tiny_task) -> None:
-    """The engine does not change it; seed, roster, quorum or data do."""
+    """The engine does not change it, nor how many are waited for and how long; seed, roster or data do."""
     plan = plan_of(tiny_task)
     assert plan.run_id == plan_of(tiny_task, engine="ray").run_id
+    assert plan.run_id == plan_of(tiny_task, quorum=1, deadline_seconds=60.0, absence_seconds=5.0).run_id
     others = [
         plan_of(replace(tiny_task, seed=6)),
         plan_of(tiny_task, roster={"a": 3, "b": 3}),
-        plan_of(tiny_task, quorum=1),
         plan_of(replace(tiny_task, local_steps=3)),
         plan_of(tiny_task, name="other"),
     ]
-    assert len({plan.run_id, *(other.run_id for other in others)}) == 6
+    assert len({plan.run_id, *(other.run_id for other in others)}) == 5
 
 
 @pytest.mark.parametrize(

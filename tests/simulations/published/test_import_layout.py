@@ -146,6 +146,7 @@ import_published(Published("cvc_clinicdb", "", "", (), lambda root: Found([row])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_import_leaves_no_target(tmp_path: Path) -> None:
     """SIGKILL in the middle: the target is not there, and the import can be repeated."""
     (tmp_path / "source").mkdir()
