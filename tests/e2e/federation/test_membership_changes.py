@@ -29,7 +29,7 @@ def run(scene: Scene) -> Iterator[str]:
     """A long run of all three sites, of whom two suffice; after its first round."""
     stage = scene.stage
     run_id = stage.begin(
-        stage.run_file(scene.recipe, RUN, SITES, rounds=500, quorum=2, evaluate_every=500, absence_seconds=20)
+        stage.run_file(scene.recipe, RUN, SITES, rounds=200, quorum=2, evaluate_every=200, absence_seconds=20)
     )
     scene.approve_quietly(run_id, *SITES)
     await_round(scene, 1)
