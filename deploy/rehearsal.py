@@ -207,7 +207,7 @@ class Rehearsal:
 
     def _env(self, place: str) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("MEDSEGFED_")}
-        return env | dict(self.environment(place))
+        return env | {"PYTHONSAFEPATH": "1"} | dict(self.environment(place))  # as an installed command: not from here
 
     @staticmethod
     def _program() -> tuple[str, ...]:
