@@ -36,7 +36,7 @@ def environment(flower_home: Path, **more: str) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONSAFEPATH": "1",  # no module is taken from the folder it is started in: a federation has a server/ of its own
+        "PYTHONSAFEPATH": "1",  # take no module from the current folder: a federation has a server/ of its own
         **more,
     }
 
