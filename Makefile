@@ -16,7 +16,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo federation chaos test check bench real setup clean
+.PHONY: demo federation chaos test-federation test check bench real setup clean
 
 setup: $(READY)
 
@@ -47,7 +47,11 @@ FAST := -n $(WORKERS) --dist worksteal -m 'not slow and not e2e and not gpu'
 
 test: $(READY)
 	$(BIN)/python -m pytest $(FAST)
-	$(BIN)/python -m pytest -m 'slow or e2e or gpu'
+	$(BIN)/python -m pytest -m 'slow or e2e or gpu' --ignore=tests/e2e/federation --ignore=tests/e2e/chaos
+
+# Real federations in networks of their own, attacked and killed; half an hour on two cores that do nothing else.
+test-federation: $(READY)
+	$(BIN)/python -m pytest tests/e2e/federation tests/e2e/chaos
 
 # A hundred seeded kills of everything that runs (docs/recovery.md); a failure names its seed.
 KILLS ?= 100
