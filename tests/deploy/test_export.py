@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy import cli, export
@@ -237,6 +237,7 @@ def test_refusals(refuse, plain_model, tmp_path, monkeypatch):
     assert not out.exists()
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(size=st.integers(2, 17), seed=st.integers(0, 1000), made_for=st.sampled_from([None, 8]))
 def test_matrix_filter(size, seed, made_for):
     """The matrices do what the Fourier transforms do, for even and odd sizes and maps that mirror nothing."""
