@@ -24,7 +24,7 @@ from flwr.common.constant import SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -42,7 +42,7 @@ log = logging.getLogger("medsegfed.site")
 
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 POLL_SECONDS = 0.3  # the SuperNode is on this machine; its own poll of the server takes 3 s
-LOST = (ObjectPullError, httpx.HTTPError, RunNotRunningException, RuntimeError, ValueError)
+LOST = (ObjectPullError, ObjectPushError, httpx.HTTPError, RunNotRunningException, RuntimeError, ValueError)
 RETRY_SECONDS = 20.0  # that one call to the SuperNode is tried for; it may be starting anew
 
 

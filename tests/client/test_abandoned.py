@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Metadata, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
+from flwr.common.constant import Status
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode import start_client_internal
 from flwr.supernode.nodestate import NodeStateFactory
 
-from client.abandoned import UNFINISHED, tidied
+from client.abandoned import tidied
 
 NODE, RUN = 7, 11
+UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
 
 class Site:
@@ -94,3 +96,16 @@ def test_tasks_of_other_messages_are_left_alone() -> None:
     before = site.state.create_task(task_type="flwr-clientapp", run_id=RUN, fab_hash="")
     site.pull(tidied(start_client_internal._pull_and_store_message))
     assert [task.task_id for task in site.state.get_tasks(statuses=UNFINISHED)] == [before]
+
+
+def test_who_has_taken_the_task_finds_its_objects_gone() -> None:
+    """A runner that claimed it meanwhile keeps its claim, which runs out: an ended one would interrupt its process."""
+    site = Site(lambda object_id, objects: claim_and_end(site))
+
+    def claim_and_end(site: Site) -> bytes:
+        (task,) = site.state.get_tasks(statuses=UNFINISHED)
+        assert site.state.claim_task(task.task_id)
+        raise RunNotRunningException
+
+    site.pull(tidied(start_client_internal._pull_and_store_message))
+    assert site.left() == (1, 0, 0)

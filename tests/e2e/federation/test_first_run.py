@@ -99,6 +99,7 @@ def test_real_and_simulated_federation_are_equal(scene: Scene, first_run: FirstR
         assert real["sites"][site]["dice"]["federated"] == simulated["sites"][site]["dice"]["federated"]
         assert real["sites"][site]["hd95_mm"]["federated"] == simulated["sites"][site]["hd95_mm"]["federated"]
     assert real["arms"]["federated"] == simulated["arms"]["federated"]
+    assert real["arms"]["federated"]["mean"] > 0
 
 
 def test_a_run_stops_within_seconds_and_goes_on(first_run: FirstRun) -> None:

@@ -18,7 +18,7 @@ from flwr.proto.message_pb2 import ObjectTree
 
 from client.contract import SIGNATURE, Update, arrays_from_wire, arrays_to_wire, from_wire, sign, to_wire
 from server.journal import Event
-from tests.e2e.federation.conftest import ENROLLED, HANDMADE, PATIENCE, Scene
+from tests.e2e.federation.conftest import ENROLLED, HANDMADE, PATIENCE, QUICK, Scene
 from tests.e2e.federation.handmade import OK, HandmadeNode, Identity, Question
 from tests.e2e.federation.network import until
 
@@ -98,7 +98,7 @@ def duel(scene: Scene) -> Iterator[Duel]:
     stage = scene.stage
     run = stage.run_file(
         scene.recipe, "hostile", HANDMADE,
-        rounds=100, quorum=1, evaluate_every=100, deadline_seconds=DEADLINE, absence_seconds=DEADLINE,
+        rounds=100, quorum=1, evaluate_every=100, deadline_seconds=DEADLINE, absence_seconds=DEADLINE, **QUICK,
     )  # fmt: skip
     for node in scene.nodes.values():
         node.activate()

@@ -16,7 +16,7 @@ from deploy.authority import serial_of
 from deploy.gateway import RENEWAL_PATH
 from deploy.renewal import renewal_due
 from server.journal import Event
-from tests.e2e.federation.conftest import PATIENCE, RENEWED_SECONDS, SITES, Scene
+from tests.e2e.federation.conftest import PATIENCE, QUICK, RENEWED_SECONDS, SITES, Scene
 from tests.e2e.federation.handmade import Caller
 from tests.e2e.federation.network import until
 
@@ -29,7 +29,7 @@ def run(scene: Scene) -> Iterator[str]:
     """A long run of all three sites, of whom two suffice; after its first round."""
     stage = scene.stage
     run_id = stage.begin(
-        stage.run_file(scene.recipe, RUN, SITES, rounds=200, quorum=2, evaluate_every=200, absence_seconds=20)
+        stage.run_file(scene.recipe, RUN, SITES, rounds=200, quorum=2, evaluate_every=200, absence_seconds=20, **QUICK)
     )
     scene.approve_quietly(run_id, *SITES)
     await_round(scene, 1)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from server.journal import Event
-from tests.e2e.federation.conftest import ROOT, Scene
+from tests.e2e.federation.conftest import QUICK, ROOT, Scene
 from tests.e2e.federation.hospital import add_broken_cases
 
 CODES = {
@@ -59,7 +59,7 @@ def journal(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     scene.program["newer"] = program(folder / "newer", "client/contract.py", contract, "CONTRACT_VERSION = 2")
     first_word = '"""Scoring a model'
     scene.program["altered"] = program(folder / "altered", "client/evaluation.py", first_word, '"""Scoring A model')
-    run_id = stage.begin(stage.run_file(scene.recipe, "refused", tuple(CODES), rounds=2))
+    run_id = stage.begin(stage.run_file(scene.recipe, "refused", tuple(CODES), rounds=2, **QUICK))
     scene.approve_quietly(run_id, "altered")
 
     def all_refused(events: list[Event]) -> bool:
