@@ -37,7 +37,7 @@ def test_a_local_arm_is_its_sites_training_without_a_federation(sites, tiny_task
     arm = make_arms(task, sites, ("local",))[0]
     weights, _ = train_arm(arm, task, tmp_path)
     start = initial_weights(task.model, task.seed)
-    _, delta = train_round(sites["alder"], task, Assignment("r", 1, ""), start)
+    _, delta = train_round(sites["alder"], task, Assignment("r", 1, hash_weights(start)), start)
     assert hash_weights({k: weights[k] - start[k] for k in start}) == hash_weights(delta)
 
 

@@ -54,7 +54,7 @@ def test_fedprox_pulls_towards_the_received_model(tiny_world, tiny_task) -> None
     sizes = []
     for mu in (0.0, 0.1, 1.0, 10.0):
         task = replace(tiny_task, local_steps=30, proximal_mu=mu, rounds=1)
-        _, delta = train_round(site, task, Assignment("r", 1, ""), weights)
+        _, delta = train_round(site, task, Assignment("r", 1, hash_weights(weights)), weights)
         sizes.append(sum(float(value.square().sum()) for value in delta.values()) ** 0.5)
     assert sizes == sorted(sizes, reverse=True)
     assert 0 < sizes[-1] < sizes[0] / 4
