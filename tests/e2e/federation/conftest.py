@@ -8,17 +8,26 @@ victim          a member of whom mallory knows all that there is to know, played
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from client.certificates import node_key_header
 from deploy import guard
 from deploy.admission import admit
+from deploy.child import guarded
 from deploy.federation import Federation, open_federation
 from deploy.joining import install_kit, make_request
 from deploy.rehearsal import Rehearsal
@@ -26,7 +35,7 @@ from deploy.supervisor import read_status
 from server.journal import Event
 from simulations.phantoms import PhantomConfig
 from simulations.recipe import Recipe, read_recipe
-from tests.e2e.federation.handmade import HandmadeNode
+from tests.e2e.federation.handmade import Caller, HandmadeNode
 from tests.e2e.federation.hospital import add_broken_cases, write_canaries
 from tests.e2e.federation.network import ADDRESSES, Loopback, placed, until
 
@@ -34,8 +43,9 @@ ROOT = Path(__file__).parents[3]
 SITES = ("alder", "birch", "elm")
 HANDMADE = ("mallory", "victim")
 PATIENCE = 400.0  # seconds for a step that takes some; a machine that others use is ten times as slow
-BIRCH_SECONDS = 1200.0  # life of its first certificate: the site looks after its age once a minute
-RENEWED_SECONDS = 150.0  # life of every renewed certificate
+BIRCH_SECONDS = 900.0  # life of its first certificate: the site looks after its age every 45 seconds
+STALL_SECONDS = 30.0  # that a body may make no progress, as deploy/gateway.py has it
+RENEWED_SECONDS = 90.0  # life of every renewed certificate
 ENROLLED = 100
 QUICK = {"local_steps": 2}  # for runs whose scores nobody looks at
 
@@ -253,10 +263,8 @@ class FirstRun:
 
 
 @pytest.fixture(scope="session")
-def first_run(scene: Scene) -> FirstRun:
+def first_run(scene: Scene, simulating: subprocess.Popen[bytes], dawdlers: dict[str, float]) -> FirstRun:
     """The run that all three sites take part in."""
-    import json
-
     stage = scene.stage
     run_file = stage.run_file(scene.recipe, sites=SITES)
     run_id = stage.begin(run_file)
@@ -265,9 +273,11 @@ def first_run(scene: Scene) -> FirstRun:
         return {e["site"] for e in events if e["event"] == "refused"} >= set(SITES)
 
     refused = scene.wait("first", all_refused, "every site refuses what nobody approved")
-    doctor = stage.command("alder", "doctor", "--json", check=False)
     status = stage.command("server", "status", "--json", "--folder", str(stage.server))
-    stage.approve(run_id, SITES)
+    with ThreadPoolExecutor(1) as other:
+        looking = other.submit(stage.command, "alder", "doctor", "--json", check=False)
+        stage.approve(run_id, SITES)
+        doctor = looking.result()
     scene.wait("first", lambda events: _committed(events) >= 1, "the first round", 2 * PATIENCE)
     stage.command("server", "stop", "--folder", str(stage.server))
     asked = time.monotonic()
@@ -284,3 +294,59 @@ def first_run(scene: Scene) -> FirstRun:
 
 def _committed(events: list[Event]) -> int:
     return max((e["round"] for e in events if e["event"] == "round"), default=0)
+
+
+@pytest.fixture(scope="session")
+def report(scene: Scene, first_run: FirstRun) -> Any:
+    """report.json of the first run, as its command prints it; report.html lies in the run's folder then, too."""
+    said = scene.stage.command("server", "report", "first", "--json", "--folder", str(scene.stage.server))
+    return json.loads(said.stdout)
+
+
+@pytest.fixture(scope="session")
+def simulating(scene: Scene) -> Iterator[subprocess.Popen[bytes]]:
+    """The first run's world, simulated in one process while the real run goes on."""
+    command = [sys.executable, "-m", "deploy.cli", "simulate", str(scene.recipe_path), "--data", str(scene.data)]
+    env = {name: value for name, value in os.environ.items() if name not in ("MEDSEGFED_SITE", "MEDSEGFED_WORLD")}
+    with open(scene.folder / "simulated.log", "wb") as log:
+        process = subprocess.Popen(
+            [*guarded("exec", str(os.getpid())), *command, "--out", str(scene.folder / "simulated")],
+            stdout=log, stderr=log, env=env | scene.environment(""), cwd=scene.folder,
+        )  # fmt: skip
+    yield process
+    process.kill()
+    process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def dawdlers(scene: Scene) -> dict[str, float]:
+    """Senders that take their time, begun early: how long each was listened to."""
+    header = node_key_header(scene.nodes["mallory"].keys.node_public_ssh)
+    kinds: dict[str, tuple[str, bytes, float]] = {  # what is sent at once, what is sent then, and how often
+        "header": ("POST /v1/fleet/get-run HTTP/1.1\r\nHost: x\r\nX-A: ", b"a", 1.0),
+        "body": (f"POST /v1/fleet/get-run HTTP/1.1\r\nHost: x\r\nflwr-public-key: {header}\r\n"
+                 "Content-Length: 1000\r\n\r\nx", b"", STALL_SECONDS * 10),
+        "handshake": ("", b"", STALL_SECONDS * 10),
+    }  # fmt: skip
+    told: dict[str, float] = {}
+    threads = [
+        threading.Thread(target=_dawdle, args=(scene, kind, *how, told), daemon=True) for kind, how in kinds.items()
+    ]
+    for thread in threads:
+        thread.start()
+    return told
+
+
+def _dawdle(scene: Scene, kind: str, begin: str, drop: bytes, pause: float, told: dict[str, float]) -> None:
+    caller = Caller(scene.server, scene.federation.ca_crt, scene.nodes["mallory"].keys.tls_file, scene.outside)
+    connection = caller.dial() if kind == "handshake" else caller.connect()
+    begun = time.monotonic()
+    with contextlib.suppress(OSError), connection:
+        connection.sendall(begin.encode())
+        connection.settimeout(min(pause, STALL_SECONDS * 3))
+        while time.monotonic() - begun < STALL_SECONDS * 3:
+            with contextlib.suppress(TimeoutError):
+                if not connection.recv(1000):
+                    break
+            connection.sendall(drop)
+    told[kind] = time.monotonic() - begun

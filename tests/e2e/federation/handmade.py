@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 import time
 from base64 import b64encode
@@ -297,20 +298,19 @@ class Caller:
             self.context.load_cert_chain(pem)
         self._connection: Any = None
 
+    def dial(self) -> socket.socket:
+        """A connection of its own, without TLS."""
+        found: socket.socket = self._inside(lambda: socket.create_connection((self.host, self.port), timeout=30))
+        return found
+
     def connect(self) -> ssl.SSLSocket:
         """A connection of its own."""
-        import socket
-
-        def dial() -> ssl.SSLSocket:
-            plain = socket.create_connection((self.host, self.port), timeout=30)
-            try:
-                return self.context.wrap_socket(plain, server_hostname=self.host)
-            except BaseException:
-                plain.close()
-                raise
-
-        found: ssl.SSLSocket = self._inside(dial)
-        return found
+        plain = self.dial()
+        try:
+            return self.context.wrap_socket(plain, server_hostname=self.host)
+        except BaseException:
+            plain.close()
+            raise
 
     def ask(self, method: str, path: str, headers: dict[str, str] | None = None, body: bytes = b"x") -> int:
         """Status of one request; 0 where the connection ended without an answer."""

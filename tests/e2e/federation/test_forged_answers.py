@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message, RecordDict
 from flwr.proto import fleet_pb2, heartbeat_pb2
 from flwr.proto.message_pb2 import ObjectTree
@@ -22,7 +21,7 @@ from tests.e2e.federation.conftest import ENROLLED, HANDMADE, PATIENCE, QUICK, S
 from tests.e2e.federation.handmade import OK, HandmadeNode, Identity, Question
 from tests.e2e.federation.network import until
 
-DEADLINE = 30.0  # of a round, in seconds
+DEADLINE = 24.0  # of a round, in seconds
 Forge = Callable[[HandmadeNode, RecordDict], RecordDict]
 
 
@@ -113,14 +112,11 @@ def duel(scene: Scene) -> Iterator[Duel]:
 
 
 def test_who_keeps_to_the_rules_counts(duel: Duel) -> None:
-    """The control: by the very means of the tests below, the applications' answers and crafted ones make rounds."""
+    """The control: by the very means of the tests below, the application's answer and a crafted one make a round."""
     asked = duel.receive()
-    for node in (duel.mallory, duel.victim):
-        message = node.fetch(asked[node.name])
-        node.send(node.answer(message, node.work(message)))
-    duel.asked = {}
-    assert sorted(duel.close()["accepted"]) == ["mallory", "victim"]
-    duel.begin()
+    message = duel.victim.fetch(asked["victim"])
+    duel.victim.send(duel.victim.answer(message, duel.victim.work(message)))
+    duel.asked, duel.open = {}, {"mallory": duel.mallory.skim(asked["mallory"])}
     duel.send(duel.crafted())
     assert sorted(duel.close()["accepted"]) == ["mallory", "victim"]
 
@@ -152,11 +148,6 @@ def unsigned(node: HandmadeNode, content: RecordDict) -> RecordDict:
     return content
 
 
-def strange_key(node: HandmadeNode, content: RecordDict) -> RecordDict:
-    del content[SIGNATURE]
-    return sign(content, "update", Ed25519PrivateKey.generate().sign)
-
-
 def other_arrays(node: HandmadeNode, content: RecordDict) -> RecordDict:
     arrays = content.array_records["delta"]
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
@@ -179,7 +170,6 @@ def heavy(node: HandmadeNode, content: RecordDict) -> RecordDict:
     ("forge", "reason"),
     [
         (unsigned, "it holds the records"),
-        (strange_key, "its signature is not the enrolled key's"),
         (other_arrays, "not the ones that were signed"),
         (heavy, f"claims {ENROLLED + 1} training patients, {ENROLLED} are enrolled"),
     ],
@@ -308,7 +298,7 @@ def test_a_second_answer_to_a_question_does_not_count(duel: Duel) -> None:
 
 def test_a_hasty_confirmation_harms_nobody(duel: Duel) -> None:
     """A question that is confirmed while the ServerApp is still writing it stays; the ServerApp lives on."""
-    for _ in range(3):
+    for _ in range(2):
         asked = duel.receive()
         hasty = duel.mallory.status("ConfirmMessageReceived", duel.mallory.confirmation(asked["mallory"]))
         if hasty == OK:  # it was there already

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ from client.certificates import certificate_pem, new_tls_key, node_key_header, p
 from client.keys import SiteKeys
 from deploy.authority import Authority
 from deploy.gateway import FLEET_ROUTES, RENEWAL_PATH
-from tests.e2e.federation.conftest import Scene
+from tests.e2e.federation.conftest import STALL_SECONDS, Scene
 from tests.e2e.federation.handmade import Caller
 
 MIB = 2**20
-STALL_SECONDS = 30.0  # that a body may make no progress, as deploy/gateway.py has it
 HEADER_SECONDS = 10.0  # for a whole header
 
 
@@ -79,49 +77,6 @@ def intruders(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     yield found
     for caller in found.closed:
         caller.close()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def dawdlers(intruders: Intruders) -> Iterator[dict[str, float]]:
-    """Senders that take their time, begun before the other tests of this module: how long each was listened to."""
-    header = intruders.header("mallory")["flwr-public-key"]
-    kinds: dict[str, tuple[str, bytes, float]] = {  # what is sent at once, what is sent then, and how often
-        "header": ("POST /v1/fleet/get-run HTTP/1.1\r\nHost: x\r\nX-A: ", b"a", 1.0),
-        "body": (f"POST /v1/fleet/get-run HTTP/1.1\r\nHost: x\r\nflwr-public-key: {header}\r\n"
-                 "Content-Length: 1000\r\n\r\nx", b"", STALL_SECONDS * 10),
-        "handshake": ("", b"", STALL_SECONDS * 10),
-    }  # fmt: skip
-    told: dict[str, float] = {}
-    threads = [
-        threading.Thread(target=_dawdle, args=(intruders, kind, *how, told), daemon=True) for kind, how in kinds.items()
-    ]
-    for thread in threads:
-        thread.start()
-    yield told
-    for thread in threads:
-        thread.join(STALL_SECONDS * 3)
-
-
-def _dawdle(intruders: Intruders, kind: str, begin: str, drop: bytes, pause: float, told: dict[str, float]) -> None:
-    import socket
-
-    caller = intruders.caller(intruders.mallory)
-    if kind == "handshake":
-        connection: socket.socket = caller._inside(
-            lambda: socket.create_connection((caller.host, caller.port), timeout=5)
-        )
-    else:
-        connection = caller.connect()
-    begun = time.monotonic()
-    with contextlib.suppress(OSError), connection:
-        connection.sendall(begin.encode())
-        connection.settimeout(min(pause, STALL_SECONDS * 3))
-        while time.monotonic() - begun < STALL_SECONDS * 3:
-            with contextlib.suppress(TimeoutError):
-                if not connection.recv(1000):
-                    break
-            connection.sendall(drop)
-    told[kind] = time.monotonic() - begun
 
 
 def all_routes() -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def journal(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             stage.start(site)
         yield scene.wait("refused", all_refused, "each of the six refuses")
     finally:
-        for site in CODES:
-            stage.stop(site)
+        with ThreadPoolExecutor(len(CODES)) as hands:
+            list(hands.map(stage.stop, CODES))
         stage.command("server", "stop", "refused", "--folder", str(stage.server))
         scene.wait("refused", lambda events: events[-1]["event"] == "stopped", "the run stops")
 
