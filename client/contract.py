@@ -1,8 +1,8 @@
 """The contract between a hospital and the server: all that a site may be asked, all that leaves it.
 
 A site's data officer can read this one file to know what crosses the wire. Every type here travels as JSON
-plus raw little-endian float32 arrays: no pickle, no header inside the array bytes that could declare more than there
-is. What a real site answers is signed (Ed25519) over the very JSON text, which names the run, the round, the site, the
+plus raw little-endian float32 numbers: no pickle, no header inside their bytes that could declare more than there is.
+What a real site answers is signed (Ed25519) over the very JSON text, which names the run, the round, the site, the
 base model, n and the hash of the arrays: nothing of it can be swapped, replayed or answered for another.
 """
 
@@ -29,6 +29,7 @@ from medsegdiff.weights import ModelCard
 
 CONTRACT_VERSION = 1
 RAW = "medsegfed.raw"  # array bytes: C order, little endian, nothing else
+PACKED = "packed"  # the one array of a record
 LARGEST = 1e9  # of a loss, a distance or a time: sums over sites and rounds of what is accepted stay finite
 
 SIGNATURE = "signature"  # the record beside a signed message
@@ -277,45 +278,46 @@ def _statement(name: str, text: str) -> bytes:
 
 
 def arrays_to_wire(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Float32 tensors as raw arrays."""
-    return ArrayRecord(
-        {
-            name: Array(
-                "float32", tuple(tensor.shape), RAW, tensor.detach().cpu().contiguous().numpy().astype("<f4").tobytes()
-            )
-            for name, tensor in tensors.items()
-        }
-    )
+    """Float32 tensors as one raw array: in the order of their names, each in C order, end to end.
+
+    One, because Flower moves every array as an object with requests of its own, at each of five hops.
+    """
+    flat = [tensors[name].detach().cpu().contiguous().numpy().astype("<f4", copy=False) for name in sorted(tensors)]
+    data = b"".join(values.reshape(-1).data for values in flat)
+    return ArrayRecord({PACKED: Array("float32", (len(data) // 4,), RAW, data)})
 
 
 def arrays_from_wire(record: ArrayRecord, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Raw arrays as tensors, checked before anything is allocated.
+    """One raw array as the tensors it holds, checked before anything is allocated.
 
     Args:
         expected: the exact names and shapes.
 
     Raises:
-        ContractError: a missing or extra name, another shape or type, a byte count that does not fit, or a value that
-            is not finite.
+        ContractError: other arrays than the one, another type, shape or number of bytes than these tensors take, or a
+            value that is not finite.
     """
-    missing, extra = sorted(set(expected) - set(record)), sorted(set(record) - set(expected))
-    if missing or extra:
-        first = f"'{(missing or extra)[0][:80]}' is {'missing' if missing else 'not known'}"
-        raise ContractError(f"{len(missing)} arrays are missing and {len(extra)} too many ({first})")
-    tensors = {}
-    for name, shape in expected.items():
-        array = record[name]
-        if array.stype != RAW or array.dtype != "float32":
-            raise ContractError(f"array '{name}' is {array.dtype[:20]}/{array.stype[:20]}, not float32/{RAW}")
-        if tuple(array.shape) != shape:
-            raise ContractError(f"array '{name}' has shape {tuple(array.shape)[:8]}, not {shape}")
-        if len(array.data) != 4 * math.prod(shape):
-            raise ContractError(f"array '{name}' has {len(array.data)} bytes, {4 * math.prod(shape)} are due")
-        values = np.frombuffer(array.data, dtype="<f4").reshape(shape)
-        if not np.isfinite(values).all():
-            raise ContractError(f"array '{name}' holds {int((~np.isfinite(values)).sum())} values that are not finite")
-        tensors[name] = torch.from_numpy(values.astype(np.float32))
-    return tensors
+    if list(record) != [PACKED]:
+        found = sorted(record)
+        raise ContractError(f"it holds {len(found)} arrays ({[n[:40] for n in found[:3]]}), not one '{PACKED}'")
+    array = record[PACKED]
+    if array.stype != RAW or array.dtype != "float32":
+        raise ContractError(f"its array is {array.dtype[:20]}/{array.stype[:20]}, not float32/{RAW}")
+    sizes = {name: math.prod(shape) for name, shape in expected.items()}
+    values = sum(sizes.values())
+    if tuple(array.shape) != (values,):
+        raise ContractError(f"its array has shape {tuple(array.shape)[:8]}, not {(values,)}")
+    if len(array.data) != 4 * values:
+        raise ContractError(f"its array has {len(array.data)} bytes, {4 * values} are due")
+    flat = np.frombuffer(array.data, dtype="<f4") if values else np.empty(0, "<f4")
+    tensors, begin = {}, 0
+    for name in sorted(expected):
+        part = flat[begin : begin + sizes[name]]
+        begin += sizes[name]
+        if not np.isfinite(part).all():
+            raise ContractError(f"array '{name}' holds {int((~np.isfinite(part)).sum())} values that are not finite")
+        tensors[name] = torch.from_numpy(part.astype(np.float32).reshape(expected[name]))
+    return {name: tensors[name] for name in expected}
 
 
 def array_bytes(record: ArrayRecord) -> int:

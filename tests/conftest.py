@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from client.contract import TrainTask
-from medsegdiff.config import ModelConfig, SamplingConfig, TrainingConfig
+from medsegdiff.config import SamplingConfig, TrainingConfig
 from medsegdiff.data.dataset import open_dataset
 from medsegdiff.strict import dump_yaml
 from server.config import RunPlan, StrategyConfig
 from simulations.phantoms import PhantomConfig, write_phantoms
 from simulations.world import write_world
+from tests.fake_sites import SMALLEST
 
 ROOT = Path(__file__).parents[1]
 SITES = {"alder": 3, "birch": 2, "elm": 1}  # site -> training patients of the tiny world
@@ -89,7 +90,7 @@ def tiny_task(tiny_source: Path) -> TrainTask:
     """A task of 2 rounds x 2 steps on 16 x 16 pixels: the smallest network there is."""
     return TrainTask(
         dataset=open_dataset(tiny_source).config,
-        model=ModelConfig(16, 1, 1, 8, (1, 2), 1, (1,), (1,)),
+        model=SMALLEST,
         rounds=2,
         local_steps=2,
         seed=5,

@@ -15,23 +15,23 @@ from torch import Tensor
 from client.contract import (
     RAW,
     Assignment,
-    ContractError,
     Invitation,
     Presence,
     Scores,
     TrainTask,
     Update,
-    arrays_from_wire,
     arrays_to_wire,
     from_wire,
     to_wire,
 )
+from medsegdiff.config import ModelConfig
 from medsegdiff.strict import read_config
 from medsegdiff.weights import hash_weights, weight_shapes
 from server.app import app as server_app
 from server.config import RunPlan
 from simulations.inline import run_inline
 
+SMALLEST = ModelConfig(16, 1, 1, 8, (1, 2), 1, (1,), (1,))  # the smallest network there is
 Spoil = Callable[[Message, Message], Message]  # (question, good reply) -> what is sent instead
 
 
@@ -108,27 +108,16 @@ def say(**changes: Any) -> Callable[[RecordDict], RecordDict]:
     return change
 
 
-def put(value: float, name: str | None = None, rehash: bool = True) -> Callable[[RecordDict], RecordDict]:
-    """One value in the first array, or an array more; the update names the hash of what is sent, unless told not to."""
+def put(value: float, name: str | None = None) -> Callable[[RecordDict], RecordDict]:
+    """One value everywhere, or an array more; the update names the hash of what is sent."""
 
     def change(content: RecordDict) -> RecordDict:
-        arrays = dict(content.array_records["delta"])
+        arrays = content.array_records["delta"]
         if name is not None:
-            arrays[name] = Array("float32", (1,), RAW, bytes(4))
-        else:
-            first = sorted(arrays)[0]
-            data = torch.full(tuple(arrays[first].shape), value).numpy().astype("<f4").tobytes()
-            arrays[first] = Array("float32", tuple(arrays[first].shape), RAW, data)
-        changed = RecordDict(dict(content) | {"delta": ArrayRecord(arrays)})
-        return say(delta_hash=_hash_of(arrays))(changed) if rehash else changed
+            more = ArrayRecord({**arrays, name: Array("float32", (1,), RAW, bytes(4))})
+            return RecordDict(dict(content) | {"delta": more})
+        delta = {key: torch.full(shape, value) for key, shape in weight_shapes(SMALLEST).items()}
+        changed = RecordDict(dict(content) | {"delta": arrays_to_wire(delta)})
+        return say(delta_hash=hash_weights(delta))(changed)
 
     return change
-
-
-def _hash_of(arrays: dict[str, Array]) -> str:
-    """What a site would state as the hash of these arrays; anything where they are not finite."""
-    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    try:
-        return hash_weights(arrays_from_wire(ArrayRecord(arrays), shapes))
-    except ContractError:
-        return "0" * 64

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from client.contract import (
     CONTRACT_VERSION,
+    PACKED,
     RAW,
     SIGNATURE,
     Assignment,
@@ -188,7 +189,7 @@ def test_arrays_survive_bit_for_bit(shapes, seed) -> None:
         back[name].add_(1)  # a tensor of its own, writable
 
 
-def array(shape=(2, 3), dtype="float32", stype=RAW, data: bytes | None = None) -> Array:
+def array(shape=(6,), dtype="float32", stype=RAW, data: bytes | None = None) -> Array:
     return Array(dtype, shape, stype, bytes(24) if data is None else data)
 
 
@@ -199,34 +200,45 @@ def floats(*values: float) -> bytes:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({}, "1 arrays are missing and 0 too many .'w' is missing"),
-        ({"w": array(), "x": array()}, "0 arrays are missing and 1 too many .'x' is not known"),
-        ({"w": array((3, 2))}, "has shape"),
-        ({"w": array((6,))}, "has shape"),
-        ({"w": array((2, 3, 1))}, "has shape"),
-        ({"w": array((2, 10**15))}, "has shape"),
-        ({"w": array(data=bytes(20))}, "has 20 bytes, 24 are due"),
-        ({"w": array(data=bytes(28))}, "has 28 bytes, 24 are due"),
-        ({"w": array(data=b"")}, "has 0 bytes"),
-        ({"w": array(dtype="float64", data=bytes(48))}, "float64/medsegfed.raw, not float32"),
-        ({"w": array(dtype=">f4")}, "not float32"),
-        ({"w": array(dtype="object")}, "object/medsegfed.raw, not float32"),
-        ({"w": array(stype="numpy.ndarray")}, "float32/numpy.ndarray, not"),
-        ({"w": array(data=floats(0, 1, math.nan, 3, math.inf, -math.inf))}, "3 values that are not finite"),
+        ({}, r"it holds 0 arrays \(\[\]\), not one 'packed'"),
+        ({"w": array()}, r"it holds 1 arrays \(\['w'\]\)"),
+        ({PACKED: array(), "x": array()}, r"it holds 2 arrays \(\['packed', 'x'\]\)"),
+        ({PACKED: array((2, 3))}, "has shape"),
+        ({PACKED: array((6, 1))}, "has shape"),
+        ({PACKED: array((5,))}, "has shape"),
+        ({PACKED: array((10**15,))}, "has shape"),
+        ({PACKED: array(data=bytes(20))}, "has 20 bytes, 24 are due"),
+        ({PACKED: array(data=bytes(28))}, "has 28 bytes, 24 are due"),
+        ({PACKED: array(data=b"")}, "has 0 bytes"),
+        ({PACKED: array(dtype="float64", data=bytes(48))}, "float64/medsegfed.raw, not float32"),
+        ({PACKED: array(dtype=">f4")}, "not float32"),
+        ({PACKED: array(dtype="object")}, "object/medsegfed.raw, not float32"),
+        ({PACKED: array(stype="numpy.ndarray")}, "float32/numpy.ndarray, not"),
+        ({PACKED: array(data=floats(0, 1, 2, math.nan, math.inf, -math.inf))}, "array 'w' holds 3 values that are not"),
+        ({PACKED: array(data=floats(math.nan, 1, 2, 3, 4, 5))}, "array 'b' holds 1 values that are not finite"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(record, message) -> None:
-    """Names, shape, type, byte count and finite values are all checked."""
+    """Name, shape, type, byte count and finite values are all checked."""
     with pytest.raises(ContractError, match=message):
-        arrays_from_wire(ArrayRecord(record), {"w": (2, 3)})
+        arrays_from_wire(ArrayRecord(record), {"w": (2, 2), "b": (2,)})
+
+
+def test_arrays_lie_in_the_order_of_their_names() -> None:
+    """Whatever order a side keeps them in, both mean the same bytes."""
+    tensors = {"w": torch.arange(4.0).reshape(2, 2), "b": torch.tensor([7.0, 8.0]), "": torch.empty(0, 3)}
+    wire = arrays_to_wire(tensors)
+    assert wire[PACKED].data == floats(7, 8, 0, 1, 2, 3) == arrays_to_wire(dict(reversed(tensors.items())))[PACKED].data
+    back = arrays_from_wire(wire, {name: tuple(value.shape) for name, value in tensors.items()})
+    assert list(back) == list(tensors)
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
 def test_nothing_is_allocated_by_a_declared_size() -> None:
     """Twenty-four bytes that claim to be four petabytes cost nothing, even where that is the shape that is due."""
-    shape = (10**6, 10**9)
     tracemalloc.start()
     with pytest.raises(ContractError, match="24 bytes"):
-        arrays_from_wire(ArrayRecord({"w": array(shape)}), {"w": shape})
+        arrays_from_wire(ArrayRecord({PACKED: array((10**15,))}), {"w": (10**6, 10**9)})
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000

@@ -74,7 +74,7 @@ BAD = {
     "another round": (say(round=7), "for round '7'"),
     "too many patients": (say(patients=3), "claims 3 training patients, 2 are enrolled"),
     "NaN": (put(math.nan), "not finite"),
-    "an extra array": (put(0.0, "x"), "'x' is not known"),
+    "an extra array": (put(0.0, "x"), "it holds 2 arrays"),
     "an overflow": (put(3e38), "exceeds the fixed-point range"),
     "an endless loss": (say(loss=1e308), "loss must lie in"),
     "nothing": (lambda content: RecordDict(), "holds the records []"),
