@@ -23,6 +23,7 @@ WARNING_DAYS = (30, 7, 1)  # days left on a certificate at which a warning is du
 UNREADABLE = (
     ValueError,
     TypeError,
+    NotImplementedError,
     UnsupportedAlgorithm,
     x509.InvalidVersion,
     x509.DuplicateExtension,

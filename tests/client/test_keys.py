@@ -25,6 +25,7 @@ from client.certificates import (
     load_node_key,
     load_pair,
     new_tls_key,
+    openssh_line,
     public_fingerprints,
 )
 from client.keys import KEY_FILES, Membership, SiteKeys, certificate_days_left, node_key_header
@@ -349,6 +350,16 @@ def test_what_is_no_node_key_is_refused(text: str) -> None:
     """Raises ValueError, whatever is wrong."""
     with pytest.raises(ValueError, match="node key"):
         node_key_header(text)
+
+
+def test_a_compressed_point_is_no_node_key() -> None:
+    """The first byte of the point says how it is written; the library knows one way and raises NotImplementedError."""
+    line = openssh_line(ec.generate_private_key(ec.SECP384R1()).public_key())
+    kind, _, text = line.partition(" ")
+    data = bytearray(base64.b64decode(text))
+    data[-97] ^= 1
+    with pytest.raises(ValueError, match="no OpenSSH public key"):
+        load_node_key(f"{kind} {base64.b64encode(bytes(data)).decode()}")
 
 
 def test_a_node_key_has_one_form_only(keys: SiteKeys) -> None:

@@ -39,6 +39,7 @@ def options(model: Path, folder: Path, *more: object) -> list[object]:
     return ["evaluate", model, folder, "--steps", 1, "--threads", 1, *more]
 
 
+@pytest.mark.slow
 def test_a_folder_of_scores_and_pictures(medsegfed, model, tiny_source, tmp_path) -> None:
     """JSON as printed, a row a patient and target, three best and three worst, reliability; nothing else."""
     out = tmp_path / "scores"
@@ -68,6 +69,7 @@ def test_a_folder_of_scores_and_pictures(medsegfed, model, tiny_source, tmp_path
     assert (result["members"], result["surface_tolerance_mm"], mean["raters"]) == (2, 1.0, None)
 
 
+@pytest.mark.slow
 def test_the_table_ends_in_the_folder(medsegfed, model, tiny_source, tmp_path) -> None:
     """The tolerance is named with the surface Dice; a larger one is met by more of the surface."""
     found = []

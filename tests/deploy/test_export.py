@@ -171,6 +171,7 @@ def test_equal_weights_equal_bytes(plain_model, plain_folder, tmp_path):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_folder(plain_folder, plain_model):
     """Three files, known to their description by hash; opset 18 or later; no path of this machine in them."""
     import onnx
@@ -194,6 +195,7 @@ def test_folder(plain_folder, plain_model):
     assert set(about["check"]["relative_error"]) == {"features_0", "features_1", "clean"}
 
 
+@pytest.mark.slow
 def test_compare_sees_other_weights(plain_model, plain_folder):
     """The check is one: graphs of other weights are far from the network."""
     segmenter = load_model(plain_model)
@@ -206,6 +208,7 @@ def test_compare_sees_other_weights(plain_model, plain_folder):
     assert errors["clean"] > export.TOLERANCE
 
 
+@pytest.mark.slow
 def test_graphs_that_differ_are_deleted(plain_model, plain_folder, tmp_path, monkeypatch):
     """Beyond the tolerance nothing is left, not even the folder."""
     graphs = {name: (plain_folder / f"model_16px_{name}.onnx").read_bytes() for name in ("features", "denoise")}

@@ -62,6 +62,7 @@ def test_options_reach_the_training(tiny_source: Path, tmp_path: Path, monkeypat
     assert seen[0].device.type == "cpu"
 
 
+@pytest.mark.slow
 def test_a_preset_is_shown_with_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
     """GFLOP of both passes and a forecast in both precisions, as lines and as JSON."""
     medsegfed("model", "show", "tiny", "--size", 32, "--batch", 2)
