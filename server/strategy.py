@@ -32,8 +32,6 @@ from server.screening import Accepted, Expected, Rejection, screen_scores, scree
 
 log = logging.getLogger("medsegfed.server")
 
-Replies = Iterable[tuple[str, Message]]  # site, its reply
-
 
 class FederatedAveraging(Strategy):
     """Rounds of one run plan, resumable at any round.
@@ -63,8 +61,9 @@ class FederatedAveraging(Strategy):
         self.weights: dict[str, Tensor] = {}
         self.model_hash = ""
         self.exchange: Exchange | None = None  # conversations over the grid of `start`
-        self._usable = 0  # updates folded in the round at hand
         self._round = 0  # the round at hand
+        self._usable = 0  # updates folded in it
+        self._rejected: set[str] = set()  # sites whose updates were left out of it
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -78,10 +77,10 @@ class FederatedAveraging(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run, or go on with, all rounds up to `num_rounds`; `timeout` is a round's deadline in seconds.
+        """Run, or go on with, all rounds up to `num_rounds`.
 
-        `initial_arrays` count only when no round was committed yet. The optional configurations and `evaluate_fn` are
-        Flower's and not used: what a site is asked stands in the plan's task.
+        `initial_arrays` count only when no round was committed yet. `timeout`, the optional configurations and
+        `evaluate_fn` are Flower's and not used: what a site is asked, and for how long, stands in the plan.
 
         Raises:
             UserError: fewer usable updates than the quorum.
@@ -91,7 +90,7 @@ class FederatedAveraging(Strategy):
         result = Result()
         for round_ in range(first, num_rounds + 1):
             if round_ > first:
-                self._usable, self._round = 0, round_
+                self._round, self._usable, self._rejected = round_, 0, set()
                 self.aggregate_train(round_, self._train(round_))
             if self._due(round_) and self.journal.last("scores", round=round_, model_hash=self.model_hash) is None:
                 metrics = self.aggregate_evaluate(round_, self._evaluate(round_))
@@ -142,12 +141,17 @@ class FederatedAveraging(Strategy):
         return self._usable >= self._required(self._round)
 
     def _required(self, round_: int) -> int:
-        """Updates without which a round does not count: the quorum, by default all that are members at this moment."""
+        """Updates without which a round does not count: the quorum; by default, all.
+
+        In a real federation "all" means who is a member at this moment and whose answer was not rejected: one site that
+        answers nonsense must not end the run of the others.
+        """
         if before := self._sites_before(round_):
             return len(before)
         if self.plan.quorum is not None or self.membership is None or self.exchange is None:
             return self.plan.required
-        return max(1, sum(self.exchange.is_member(site) for site in self.plan.roster))
+        counting = (site for site in self.plan.roster if site not in self._rejected)
+        return max(1, sum(self.exchange.is_member(site) for site in counting))
 
     # --- Flower's interface -------------------------------------------------------------------------------------------
 
@@ -184,6 +188,7 @@ class FederatedAveraging(Strategy):
                 outcome = self._fold(total, outcome)
             if isinstance(outcome, Rejection):
                 rejected[site] = outcome.reason
+                self._rejected.add(site)
                 self._reject(server_round, outcome)
                 continue
             update = outcome.update

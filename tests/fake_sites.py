@@ -55,11 +55,11 @@ class FakeSites:
         site = self.names[int(context.node_config["partition-id"])]
         kind = message.metadata.message_type
         self.asked.append((site, kind))
-        good = Message(self._answer(site, kind, message), reply_to=message)
+        good = Message(self.content(site, kind, message), reply_to=message)
         spoil = self.spoil.get(site)
         return spoil(message, good) if spoil is not None else good
 
-    def _answer(self, site: str, kind: str, message: Message) -> RecordDict:
+    def content(self, site: str, kind: str, message: Message) -> RecordDict:
         task = from_wire(message.content, "task", TrainTask)
         if kind == MessageType.QUERY:
             asked_by = from_wire(message.content, "invitation", Invitation)

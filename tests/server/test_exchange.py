@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,17 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.contract import REFUSED, Invitation, Presence, from_wire, to_wire
+from client.contract import REFUSED, Invitation, Presence, arrays_to_wire, from_wire, to_wire
+from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
+from medsegdiff.weights import initial_weights
 from server import exchange
+from server.checkpoints import CheckpointStore
 from server.config import RunPlan
 from server.exchange import Exchange, RunStopped
 from server.journal import Journal
+from server.strategy import FederatedAveraging
+from tests.fake_sites import FakeSites, put
 
 NODES = {11: "alder", 12: "birch", 13: "elm"}
 Answer = Callable[[Message], RecordDict | Error | None]  # None: no answer, now or ever
@@ -123,6 +129,9 @@ class Members:
 
     def active(self) -> dict[str, Any]:
         return {site: SimpleNamespace(signing_key=None) for site in self.sites}
+
+    def has(self, event: str, **fields: Any) -> bool:
+        return any({"event": event, **fields}.items() <= note.items() for note in self.notes)
 
     def note(self, event: str, **fields: Any) -> None:
         self.notes.append({"event": event, **fields})
@@ -305,6 +314,30 @@ def test_a_revoked_site_leaves_within_the_round(scene) -> None:
     assert [line["site"] for line in s.told("left")] == ["elm"]
     assert s.ask(2) == ["alder", "birch"]
     assert s.network.count("elm") == 1
+
+
+@pytest.mark.parametrize(("quorum", "ends"), [(None, True), (2, True), (3, False)])
+def test_a_rejected_answer_ends_no_run_that_can_go_on(scene, quorum, ends) -> None:
+    """Birch answers nonsense: with "all" the others go on without it; a quorum that was asked for stays."""
+    s = scene(quorum=quorum)
+    sites, plan = FakeSites(s.talk.plan), s.talk.plan
+    for site in NODES.values():
+        s.network[site].answer = lambda m, site=site: sites.content(site, m.metadata.message_type, m)
+    good = s.network["birch"].answer
+    spoil = put(math.nan)
+    s.network["birch"].answer = lambda m: spoil(good(m)) if m.metadata.message_type == MessageType.TRAIN else good(m)
+    store = CheckpointStore(s.journal.path.parent / "checkpoints")
+    strategy = FederatedAveraging(plan, store, s.journal, s.members)  # type: ignore[arg-type]
+    begin = arrays_to_wire(initial_weights(plan.task.model, 0))
+    if not ends:
+        with pytest.raises(UserError, match=r"birch was rejected .*Rounds up to 0 are kept.*lower run\.quorum"):
+            strategy.start(s.network, begin, 2)  # type: ignore[arg-type]
+        return
+    strategy.start(s.network, begin, 2)  # type: ignore[arg-type]
+    committed = [(sorted(line["accepted"]), list(line["rejected"])) for line in s.told("round")[1:]]
+    assert committed == [(["alder", "elm"], ["birch"])] * 2
+    said = [note["decision"] for note in s.members.notes if note["event"] == "update" and note["site"] == "birch"]
+    assert [words.split(":")[0] for words in said] == ["rejected"] * 2
 
 
 def test_a_node_under_another_name_is_left_out(scene) -> None:
