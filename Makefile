@@ -47,9 +47,9 @@ FAST := -n $(WORKERS) --dist worksteal -m 'not slow and not e2e and not gpu'
 
 test: $(READY)
 	$(BIN)/python -m pytest $(FAST)
-	$(BIN)/python -m pytest -m 'slow or e2e or gpu' --ignore=tests/e2e/federation --ignore=tests/e2e/chaos
+	$(BIN)/python -m pytest -m 'slow or e2e or gpu'
 
-# Real federations in networks of their own, attacked and killed; half an hour on two cores that do nothing else.
+# Of those, the real federations in networks of their own, attacked and killed: a quarter of an hour on two cores.
 test-federation: $(READY)
 	$(BIN)/python -m pytest tests/e2e/federation tests/e2e/chaos
 
