@@ -22,11 +22,10 @@ from client.outbox import Outbox
 from client.policy import SPARE_TRAININGS, check_policy
 from client.refusal import Refusal
 from client.site import Site, SiteConfig
-from medsegdiff.chained_log import ChainedLog
+from medsegdiff.chained_log import AUDIT_LOG, ChainedLog
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
 
-AUDIT = "audit.jsonl"
 REPEATABLE = 2  # committed rounds that the server may have to ask for again: it keeps three checkpoints
 MOST_TOLD = 100  # refusals an hour that the audit log is told of: a server that invents names cannot fill the disk
 
@@ -46,7 +45,7 @@ class Guard:
         self.folder = folder
         self.policy = config.policy
         self.keys = SiteKeys.load(folder / config.keys)
-        self.audit = ChainedLog(folder / AUDIT)
+        self.audit = ChainedLog(folder / AUDIT_LOG)
         self.outbox = Outbox(folder / "outbox")
         self.application = application_hash()  # of what this process has loaded
         if self.keys.membership().site != config.name:

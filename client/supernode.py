@@ -135,7 +135,9 @@ def delivered(push: Callable[..., None]) -> Callable[..., None]:
 
 def _follow(path: Path, context: ssl.SSLContext) -> None:
     """Give new connections the renewed certificate; those that stand keep the one they began with."""
-    wake, seen = threading.Event(), path.stat().st_mtime_ns
+    wake, seen = threading.Event(), 0
+    with contextlib.suppress(OSError):
+        seen = path.stat().st_mtime_ns
     while not wake.wait(LOOK_SECONDS):
         try:
             stamp = path.stat().st_mtime_ns

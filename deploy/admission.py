@@ -75,7 +75,13 @@ def admit(
             not_after=iso(certificate.not_valid_after_utc),
         )
     path = federation.kit(request.site)  # after the register, which knows of every certificate that leaves
-    write_atomic(path, _kit(federation, authority, request, certificate, now))
+    try:
+        write_atomic(path, _kit(federation, authority, request, certificate, now))
+    except UserError as error:
+        raise UserError(
+            f"{error} {request.site} is admitted, but its kit is not written: mend that and admit the same request"
+            " again."
+        ) from error
     return path
 
 

@@ -21,9 +21,8 @@ from client.explain import SiteFacts, explain_task
 from client.keys import SiteKeys
 from client.refusal import Refusal
 from client.site import Site
-from deploy.joining import SITE_AUDIT
 from deploy.site_start import open_site_folder
-from medsegdiff.chained_log import ChainedLog
+from medsegdiff.chained_log import AUDIT_LOG, ChainedLog
 from medsegdiff.errors import UserError
 
 
@@ -106,4 +105,4 @@ def _facts(folder: Path, task: TrainTask, facts: SiteFacts, keys: SiteKeys) -> S
 
 def _note(folder: Path, event: str, run: str, task: TrainTask | None, application: str | None, by: str) -> None:
     config = task_hash(task) if task is not None else None
-    ChainedLog(folder / SITE_AUDIT).append(event, run=run, config=config, application=application, by=by)
+    ChainedLog(folder / AUDIT_LOG).append(event, run=run, config=config, application=application, by=by)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 from deploy import cli_federation
@@ -375,11 +376,16 @@ def data_split(
 def main() -> None:
     """Entry point: a fault of the user is one line and exit code 2, never a traceback."""
     try:
-        app()
+        code = app(prog_name="medsegfed", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "medsegfed"
+        typer.echo(f"error: {error.format_message().removesuffix('.')}. Look at: {command} --help", err=True)
+        sys.exit(EXIT_CODE)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(EXIT_CODE)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         typer.echo("interrupted; nothing half-written is left. A command that has --resume goes on with it.", err=True)
         sys.exit(130)
 

@@ -14,8 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from medsegdiff.errors import EXIT_CODE, UserError
-
-FEDERATION = "MEDSEGFED_FEDERATION"
+from server.membership import FEDERATION
 
 app = typer.Typer(no_args_is_help=True)
 server_app = typer.Typer(no_args_is_help=True, help="The coordinator's end of a federation.")
@@ -244,7 +243,7 @@ def run_(
     from deploy.status import watch
 
     federation = open_federation(folder)
-    members = {site: m.patients for site, m in federation.members().items() if m.status == "admitted"}
+    members = {site: m.patients for site, m in federation.members().items() if m.active}
     plan = resolve_run(run_file, members)
     queued = queue_run(federation.runs, plan, getpass.getuser())
     federation.audit().append("run_queued", run=plan.run_id, by=getpass.getuser(), sites=sorted(plan.roster))
@@ -326,10 +325,10 @@ def audit_verify(
     """
     import json
 
-    from medsegdiff.chained_log import audit_report, verify_log
+    from medsegdiff.chained_log import AUDIT_LOG, audit_report, verify_log
 
     place, _ = _place(folder)
-    path = place / "audit.jsonl"
+    path = place / AUDIT_LOG
     if as_json:
         found = verify_log(path, anchor)
         typer.echo(json.dumps({"lines": found.lines, "head": found.head}))

@@ -170,7 +170,7 @@ def read_document(path: Path) -> dict[str, Any]:
     """
     try:
         if not path.is_file():
-            raise FileNotFoundError(2, "there is no such file")
+            raise OSError(0, "it is no file" if path.exists() else "there is no such file")
         with open(path, "rb") as handle:
             raw = handle.read(LARGEST + 1)
     except OSError as error:

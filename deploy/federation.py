@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from client.certificates import certificate_pem, private_pem, spoken
 from deploy.authority import CA_DAYS, MAX_SERVER_DAYS, MAX_SITE_DAYS, Authority, check_hosts
 from deploy.site_guide import site_guide
-from medsegdiff.chained_log import ChainedLog
+from medsegdiff.chained_log import AUDIT_LOG, ChainedLog
 from medsegdiff.errors import UserError
 from medsegdiff.files import FOLDER_NAME, new_folder, write_atomic
 from medsegdiff.strict import Strict, read_config
@@ -150,7 +150,7 @@ class Federation:
 
     @property
     def audit_file(self) -> Path:
-        return self.folder / "audit.jsonl"
+        return self.folder / AUDIT_LOG
 
     @property
     def requests(self) -> Path:
@@ -224,11 +224,16 @@ def init_federation(
             f"{folder}: holds a federation already; nothing was changed. Go on with it (medsegfed admit), or choose "
             "another folder."
         )
-    check_hosts(hosts)
+    if len(contact) > 200 or not contact.isprintable():
+        raise UserError(
+            f"contact {contact[:80]!r} must be at most 200 printable characters: it stands on the page for sites. "
+            "Nothing was made."
+        )
     try:
+        check_hosts(hosts)
         config = FederationConfig(name, tuple(hosts), port, internal_port, float(site_days), float(server_days))
-    except ValueError as error:
-        raise UserError(f"{error}. Nothing was made.") from error
+    except (UserError, ValueError) as error:
+        raise UserError(f"{str(error).removesuffix('.')}. Nothing was made.") from error
     with new_folder(folder) as partial:
         partial.chmod(0o700)
         _write_federation(Federation(partial), config, contact)

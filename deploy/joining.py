@@ -24,14 +24,13 @@ from deploy.authority import serial_of
 from deploy.credentials import check_authority, check_site_certificate, signed_by_authority
 from deploy.documents import Kit, compose_request, parse_kit, parse_request, read_document, signed_part, unhex
 from deploy.site_guide import new_site_yaml
-from medsegdiff.chained_log import ChainedLog
+from medsegdiff.chained_log import AUDIT_LOG, ChainedLog
 from medsegdiff.errors import UserError
 from medsegdiff.files import FOLDER_NAME, write_atomic
 from medsegdiff.strict import load_yaml
 from server.members import MAX_PATIENTS
 
 SITE_CONFIG = "site.yaml"
-SITE_AUDIT = "audit.jsonl"
 
 _SERVER = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9.-]{1,253}):([0-9]{1,5})")
 
@@ -168,7 +167,7 @@ def install_kit(
         )
     membership = Membership(kit.federation, kit.site, kit.server)
     keys.install(membership, certificate_pem(ca), certificate_pem(certificate))
-    ChainedLog(site_folder / SITE_AUDIT).append(
+    ChainedLog(site_folder / AUDIT_LOG).append(
         "kit_installed", federation=kit.federation, server=kit.server, ca=found, serial=serial_of(certificate)
     )
     left = days_left(certificate, now)

@@ -18,10 +18,10 @@ import httpx
 
 from deploy.control import Control
 from deploy.federation import Federation
-from deploy.runs import STOP, next_run, wanted
+from deploy.runs import next_run, wanted
 from medsegdiff.errors import UserError
 from server.journal import read_events
-from server.rounds import committed_rounds
+from server.rounds import STOP, committed_rounds
 
 log = logging.getLogger("medsegfed.supervisor")
 
@@ -92,7 +92,7 @@ class RunKeeper:
 
     def look(self) -> None:
         """Compare what should be with what is, and mend the difference."""
-        admitted = {s: m.node_key for s, m in self.federation.members().items() if m.status == "admitted"}
+        admitted = {s: m.node_key for s, m in self.federation.members().items() if m.active}
         if (
             admitted != self._admitted
         ):  # at the first look, too: somebody may have come in since the gateway was configured

@@ -64,7 +64,7 @@ class ObjectGuard:
         def pull_messages(request: Any, state: Any, store: Any) -> Any:
             response = pull(request=request, state=state, store=store)
             for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
-                self._remember(self._given[request.node.node_id], message.metadata.message_id, _ids(tree))
+                self._remember(self._given, request.node.node_id, message.metadata.message_id, _ids(tree))
             return response
 
         return pull_messages
@@ -95,7 +95,7 @@ class ObjectGuard:
     def push_messages(self, push: Handler) -> Handler:
         def push_messages(request: Any, state: Any) -> Any:
             response = push(request=request, state=state)
-            self._remember(self._uploads[request.node.node_id], response.session_id, None)
+            self._remember(self._uploads, request.node.node_id, response.session_id, None)
             return response
 
         return push_messages
@@ -110,8 +110,9 @@ class ObjectGuard:
 
         return push_object
 
-    def _remember(self, kept: OrderedDict[str, Any], name: str, value: Any) -> None:
+    def _remember(self, of: dict[int, OrderedDict[str, Any]], node: int, name: str, value: Any) -> None:
         with self._lock:
+            kept = of[node]
             kept[name] = value
             while len(kept) > KEPT:
                 kept.popitem(last=False)

@@ -46,8 +46,8 @@ from deploy.documents import (
     signed_part,
 )
 from deploy.federation import Federation
-from deploy.joining import SITE_AUDIT, open_keys
-from medsegdiff.chained_log import ChainedLog
+from deploy.joining import open_keys
+from medsegdiff.chained_log import AUDIT_LOG, ChainedLog
 from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
 from server.members import Member, edit_members, iso, moment, unexpired
@@ -111,7 +111,7 @@ def renew_site(site_folder: Path, now: datetime | None = None) -> Renewed:
     certificate = _check_answer(keys, key, answer, now or datetime.now(UTC))
     keys.replace_pair(key, certificate_pem(certificate))
     serial, end = serial_of(certificate), certificate.not_valid_after_utc
-    ChainedLog(site_folder / SITE_AUDIT).append("certificate_renewed", serial=serial, not_after=iso(end))
+    ChainedLog(site_folder / AUDIT_LOG).append("certificate_renewed", serial=serial, not_after=iso(end))
     return Renewed(serial, end, days_left(certificate, now))
 
 

@@ -38,7 +38,7 @@ def serve_renewals(federation: Federation, port: int, secret: str) -> ThreadingH
                 self._answer(403, {"reason": "only the gateway may ask"})
             elif self.path != RENEWAL_PATH:
                 self._answer(404, {"reason": "there is nothing here"})
-            elif not length.isdigit() or int(length) > LARGEST:
+            elif not (length.isascii() and length.isdigit()) or int(length) > LARGEST:
                 self._answer(413, {"reason": f"a renewal has at most {LARGEST} bytes"})
             else:
                 self._renew(self.headers.get(SITE_HEADER, ""), self.rfile.read(int(length)))

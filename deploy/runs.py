@@ -23,12 +23,11 @@ from medsegdiff.files import new_folder, write_atomic
 from medsegdiff.strict import Strict, dump_yaml, plain, read_config
 from server.config import RunPlan, RunRequest, make_plan
 from server.journal import read_events
-from server.rounds import ENDED, run_state
+from server.rounds import ENDED, STOP, run_state
 
 log = logging.getLogger("medsegfed.supervisor")
 
 QUEUED = "queued.json"
-STOP = "stop.json"  # server.app looks for it
 ENGINE = "network"
 
 

@@ -118,7 +118,7 @@ class Server:
     def _configure(self) -> Path:
         """Write the gateway's configuration for the members of this moment; nginx has accepted it then."""
         federation, config = self.federation, self.federation.config
-        admitted = {s: m.node_key for s, m in federation.members().items() if m.status == "admitted"}
+        admitted = {s: m.node_key for s, m in federation.members().items() if m.active}
         text = render_nginx(
             state=self.state,
             federation=federation.name,

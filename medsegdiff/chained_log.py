@@ -41,6 +41,7 @@ from typing import IO, Any
 from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
 
+AUDIT_LOG = "audit.jsonl"  # how either end of a federation calls its own
 GENESIS = "0" * 64  # the hash before the first line
 MAX_LINE = 65_536  # bytes of a line: what a killed append may leave, and what a reader has to hold at once
 _TAIL = len(',"hash":""}') + 64

@@ -18,9 +18,8 @@ from server.config import RunPlan
 from server.exchange import RunStopped
 from server.journal import Journal
 from server.membership import Membership
+from server.rounds import STOP
 from server.strategy import FederatedAveraging
-
-STOP = "stop.json"  # in the run folder: the coordinator wants the run to end; its content says who and when
 
 app = ServerApp()
 

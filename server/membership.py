@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from medsegdiff.chained_log import ChainedLog, audit_lines
+from medsegdiff.chained_log import AUDIT_LOG, ChainedLog, audit_lines
 from server.members import Member, read_members
 
 FEDERATION = "MEDSEGFED_FEDERATION"  # environment: the coordinator's federation folder
@@ -17,7 +17,7 @@ class Membership:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._audit = ChainedLog(folder / "audit.jsonl")
+        self._audit = ChainedLog(folder / AUDIT_LOG)
 
     @classmethod
     def here(cls) -> Membership | None:
@@ -28,7 +28,7 @@ class Membership:
     def active(self) -> dict[str, Member]:
         """Site -> its entry, for those admitted and neither revoked nor suspended at this moment."""
         members = read_members(self.folder / "members.json")
-        return {site: member for site, member in members.items() if member.status == "admitted"}
+        return {site: member for site, member in members.items() if member.active}
 
     def note(self, event: str, **fields: Any) -> None:
         """One line in the federation's audit log."""

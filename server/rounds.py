@@ -9,6 +9,7 @@ from typing import Any, Literal
 from server.journal import Event
 
 RunState = Literal["not started", "running", "paused", "stopped", "failed", "finished"]
+STOP = "stop.json"  # in the run folder: the coordinator wants the run to end; its content says who and when
 ENDED: tuple[RunState, ...] = ("stopped", "failed", "finished")
 
 # The latest event of these kinds says how a run stands; the others (site, refused, rejected, ...) do not change it.

@@ -27,7 +27,7 @@ from deploy.doctor.machine import (
 )
 from deploy.doctor.network import NAMES, check_server
 from deploy.supervisor import read_status
-from medsegdiff.chained_log import verify_log
+from medsegdiff.chained_log import AUDIT_LOG, verify_log
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
 
@@ -125,7 +125,7 @@ def _probes(site: Examined) -> list[Probe]:
         Probe("application", lambda: [_application_check(site)], HEAVY_SECONDS),
         Probe("policy", lambda: [_policy_check(site)], HEAVY_SECONDS),
         Probe("approvals", lambda: [_approvals_check(site)], HEAVY_SECONDS),
-        Probe("audit log", lambda: [audit_check(site.folder / "audit.jsonl")], HEAVY_SECONDS),
+        Probe("audit log", lambda: [audit_check(site.folder / AUDIT_LOG)], HEAVY_SECONDS),
         Probe("ledger", lambda: [_ledger_check()]),
         Probe("processes", lambda: [processes_check(site.folder / "state", "medsegfed site start")]),
         Probe("environment", lambda: [check_environment()]),

@@ -416,3 +416,17 @@ def test_a_shipped_description_goes_by_its_name(medsegfed, source, tmp_path) -> 
     assert code == 0
     assert "msd_hippocampus" in out
     assert_refused(medsegfed("data", "check", source, "--dataset-config", "mars"), "there is no such file")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [
+        (["segment"], "Missing argument"),
+        (["frobnicate"], "No such command 'frobnicate'. Look at: medsegfed --help"),
+        (["admit", "--nope"], "No such option: --nope. Look at: medsegfed admit --help"),
+        (["train", "x", "--steps", "many"], "Invalid value for '--steps'"),
+    ],
+)
+def test_a_command_that_cannot_be_read_is_one_line(medsegfed, arguments, fact) -> None:
+    """Missing, unknown and misspelt words name the page that helps."""
+    assert_refused(medsegfed(*arguments), fact)

@@ -33,7 +33,7 @@ from deploy import admission
 from deploy.admission import admit, read_request, revoke
 from deploy.authority import list_number
 from deploy.documents import compose_request
-from deploy.federation import Federation, open_federation
+from deploy.federation import Federation, init_federation, open_federation
 from deploy.joining import install_kit, make_request, open_keys
 from medsegdiff.chained_log import audit_lines, verify_log
 from medsegdiff.errors import UserError
@@ -334,9 +334,30 @@ def test_what_is_no_request_is_told(federation: Federation, tmp_path: Path, raw:
 
 def test_what_is_no_file_is_told(federation: Federation, tmp_path: Path) -> None:
     """A folder, a device that never ends, nothing at all."""
-    for path in (tmp_path, Path("/dev/zero"), tmp_path / "nothing"):
-        with pytest.raises(UserError, match="no such file"):
+    for path, fault in ((tmp_path, "no file"), (Path("/dev/zero"), "no file"), (tmp_path / "nothing", "no such file")):
+        with pytest.raises(UserError, match=fault):
             admit(federation, path)
+
+
+def test_a_kit_that_cannot_be_written_is_told_with_what_stands(federation: Federation, site: Path) -> None:
+    """The register has the site then; the same request, admitted again, gives the kit."""
+    request = make_request(site, "alder", 12).request
+    federation.kits.rmdir()
+    federation.kits.write_text("no folder")
+    with pytest.raises(UserError, match=r"alder is admitted, but its kit is not written.*again"):
+        admit(federation, request)
+    assert federation.members()["alder"].active
+    federation.kits.unlink()
+    federation.kits.mkdir()
+    assert admit(federation, request).is_file()
+
+
+def test_a_contact_stands_on_a_page(tmp_path: Path) -> None:
+    """Nothing that commands a terminal, and no book."""
+    for contact in ("Dr. Day \x1b[31m", "line\nline", "x" * 201):
+        with pytest.raises(UserError, match=r"at most 200 printable characters.*Nothing was made"):
+            init_federation(tmp_path / "new", "demo", ["localhost"], contact=contact)
+    assert not (tmp_path / "new").exists()
 
 
 @settings(max_examples=60, deadline=None)

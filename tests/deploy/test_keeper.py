@@ -58,7 +58,7 @@ def scene(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Sim
     plan = read_config(folder / "run.yaml", RunPlan)
     runs = folder.parent / "runs"
     run = queue_run(runs, plan, "day")
-    members = {s: SimpleNamespace(node_key=f"key-{s}", status="admitted") for s in ("alder", "birch")}
+    members = {s: SimpleNamespace(node_key=f"key-{s}", active=True) for s in ("alder", "birch")}
     federation: Any = SimpleNamespace(members=lambda: members, runs=runs)
     told: list[tuple[str, dict[str, Any]]] = []
     changes: list[int] = []
@@ -93,7 +93,7 @@ def test_members_are_registered_and_the_run_is_started_once(scene) -> None:
 def test_a_revoked_member_is_removed_and_the_gateway_told(scene) -> None:
     """At the next look."""
     scene.tick()
-    scene.members["birch"].status = "revoked"
+    scene.members["birch"].active = False
     scene.tick()
     assert set(scene.link.nodes) == {"alder"}
     assert scene.changes == [1, 1]

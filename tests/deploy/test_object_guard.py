@@ -111,7 +111,7 @@ def test_what_is_remembered_is_bounded(guard) -> None:
     """A node that begins uploads without end makes the guard forget its own first ones, and no more."""
     found, handlers = guard
     for number in range(3 * KEPT):
-        found._remember(found._uploads[66], str(number), None)
+        found._remember(found._uploads, 66, str(number), None)
     assert len(found._uploads[66]) == KEPT
     handlers["push"](request=PushMessagesRequest(node=ALDER), state=None)
     assert len(found._uploads[11]) == 1
