@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from client.contract import TrainTask
@@ -11,8 +12,9 @@ from medsegdiff.config import PRESETS, DiffusionConfig, ModelConfig, SamplingCon
 from medsegdiff.data.dataset import DatasetConfig
 from medsegdiff.errors import UserError
 from medsegdiff.labels import LabelScheme
-from medsegdiff.strict import Strict, compact_json
+from medsegdiff.strict import Strict, compact_json, plain
 
+ANSWERS_BYTES = 4 * 2**30  # of answers that may wait in the SuperLink's memory, where a plan says nothing else
 _ANY_DATASET = DatasetConfig("any", "any", ("image",), {"background": 0, "target": 1})
 
 
@@ -23,6 +25,11 @@ def _check_pace(evaluate_every: int, deadline_seconds: float, absence_seconds: f
         raise ValueError(f"deadline_seconds must be positive, found {deadline_seconds}")
     if not 0 <= absence_seconds <= deadline_seconds:
         raise ValueError(f"absence_seconds must lie in 0..deadline_seconds, found {absence_seconds}")
+
+
+def _check_wave(wave: int | None) -> None:
+    if wave is not None and wave < 1:
+        raise ValueError(f"wave must be at least 1, or null, found {wave}")
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,10 @@ class RunRequest(Strict):
     quorum: int | None = None  # least number of sites whose updates make a round; default: all
     deadline_seconds: float = 3600.0  # a round waits no longer for its sites
     absence_seconds: float = 120.0  # with the quorum met, how long a round waits for sites that are offline
+    wave: int | None = None  # sites that train at the same time; default: whose answers take 4 GiB in all
 
     def __post_init__(self) -> None:
+        _check_wave(self.wave)
         _check_pace(self.evaluate_every, self.deadline_seconds, min(self.absence_seconds, self.deadline_seconds))
         if self.quorum is not None and self.quorum < 1:
             raise ValueError(f"quorum must be at least 1, found {self.quorum}")
@@ -121,6 +130,7 @@ class RunPlan(Strict):
     quorum: int | None = None
     deadline_seconds: float = 3600.0
     absence_seconds: float = 120.0
+    wave: int | None = None
     engine: str = field(default="inline")  # inline, ray (simulations) or network (a real federation)
 
     def __post_init__(self) -> None:
@@ -129,15 +139,30 @@ class RunPlan(Strict):
         if self.quorum is not None and not 1 <= self.quorum <= len(self.roster):
             raise ValueError(f"quorum must lie in 1..{len(self.roster)} (the number of sites), found {self.quorum}")
         _check_pace(self.evaluate_every, self.deadline_seconds, self.absence_seconds)
+        _check_wave(self.wave)
 
     @property
     def run_id(self) -> str:
         """Our own identity of the run: its name and a hash of all that defines the model and what sites are asked.
 
-        The engine does not, nor how long a round waits and for how many: that may change while a run goes on.
+        The engine does not, nor how long a round waits, for how many, how many at once: that may change while a run
+        goes on.
         """
-        defining = compact_json(replace(self, engine="any", **_PATIENCE))
-        return f"{self.name}-{hashlib.sha256(defining.encode()).hexdigest()[:12]}"
+        defining = {key: value for key, value in plain(self).items() if key not in _PATIENCE}
+        return f"{self.name}-{hashlib.sha256(compact_json(defining).encode()).hexdigest()[:12]}"
+
+    @property
+    def sites_at_once(self) -> int:
+        """Most sites that are asked for an update at the same time (`wave`).
+
+        An answer is as large as the model, float32, and lies in the SuperLink's memory until the ServerApp fetches it.
+        """
+        if self.wave is not None:
+            return self.wave
+        from medsegdiff.weights import weight_shapes  # brings torch
+
+        size = 4 * sum(math.prod(shape) for shape in weight_shapes(self.task.model).values())
+        return max(1, ANSWERS_BYTES // size)
 
     @property
     def required(self) -> int:
@@ -145,7 +170,7 @@ class RunPlan(Strict):
         return self.quorum if self.quorum is not None else len(self.roster)
 
 
-_PATIENCE: dict[str, Any] = {"quorum": None, "deadline_seconds": 3600.0, "absence_seconds": 120.0}
+_PATIENCE = ("engine", "quorum", "deadline_seconds", "absence_seconds", "wave")
 
 
 def make_plan(
@@ -163,6 +188,7 @@ def make_plan(
             quorum=request.quorum,
             deadline_seconds=request.deadline_seconds,
             absence_seconds=min(request.absence_seconds, request.deadline_seconds),
+            wave=request.wave,
             engine=engine,
         )
     except ValueError as error:

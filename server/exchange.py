@@ -60,6 +60,7 @@ class _Round:
     kind: str
     records: Records
     group: str
+    wave: int  # sites that are asked at the same time
     answered: set[str] = field(default_factory=set)
     not_before: dict[str, float] = field(default_factory=dict)  # site -> earliest next question
 
@@ -118,7 +119,8 @@ class Exchange:
         Raises:
             RunStopped: the coordinator wants the run to end.
         """
-        question = _Round(kind, records, str(round_))
+        wave = self.plan.sites_at_once if kind == MessageType.TRAIN else len(self.plan.roster)
+        question = _Round(kind, records, str(round_), wave)
         started = quiet_since = last_came = time.monotonic()
         paused = told_late = False
         while True:
@@ -135,6 +137,8 @@ class Exchange:
             missing = [site for site in self.plan.roster if self.is_member(site) and site not in question.answered]
             now = time.monotonic()
             late = now - started > self.plan.deadline_seconds
+            if late:
+                question.wave = len(self.plan.roster)  # who was not asked yet waits for nobody any more
             if moved or self._owed():
                 quiet_since = now
             if paused and moved:
@@ -233,15 +237,28 @@ class Exchange:
                 content = RecordDict({"task": task, **round_state.records})
                 message = Message(content, node, round_state.kind, group_id=round_state.group)
                 messages.append((message, _Question(site, activation)))
+        messages.sort(key=lambda pair: pair[1].site or "")  # site order: a simulation trains in it
+        messages = self._wave(messages, round_state.wave)
         if not messages:
             return False
         first = [question for _, question in messages if question.site and question.site not in round_state.not_before]
-        messages.sort(key=lambda pair: pair[1].site or "")  # site order: a simulation trains in it
         ids = self.grid.push_messages([message for message, _ in messages])
         for message_id, (message, question) in zip(ids, messages, strict=False):
             if message_id is not None:
                 self._pending[message_id] = (message.metadata.dst_node_id, question)
         return bool(first)
+
+    def _wave(self, messages: list[tuple[Message, _Question]], most: int) -> list[tuple[Message, _Question]]:
+        """Introductions, and as many of the round's questions as may be open: each may end in an answer, a model large,
+        that the SuperLink has to hold until it is fetched."""
+        free = most - len({q.site for _, q in self._pending.values() if q.site is not None})
+        sent = []
+        for message, question in messages:
+            if question.site is not None and free <= 0:
+                continue
+            free -= question.site is not None
+            sent.append((message, question))
+        return sent
 
     def _pull(self, round_state: _Round) -> Iterator[tuple[str | None, Message]]:
         """Replies that are here, one at a time; the site is None for what does not count in the round."""

@@ -103,6 +103,9 @@ class Network:
                 replies.append(reply)
         return replies
 
+    def count_of(self, kind: str) -> int:
+        return sum(asked == kind for _, asked in self.asked)
+
     def count(self, name: str, kind: str = MessageType.TRAIN) -> int:
         return self.asked.count((name, kind))
 
@@ -296,6 +299,39 @@ def test_below_the_quorum_the_run_says_so_and_goes_on_when_sites_return(scene) -
     assert [line["absent"] for line in s.told("paused")] == [{"birch": "absent", "elm": "absent"}]
     assert len(s.told("resumed")) == 1
     assert s.network.count("alder") == 1
+
+
+@pytest.mark.parametrize(("wave", "most"), [(1, 1), (2, 2), (None, 3)])
+def test_a_wave_is_the_most_answers_that_may_lie_about(scene, wave, most) -> None:
+    """Nobody is asked while that many owe an answer; each that comes lets one more be asked."""
+    s = scene(wave=wave)
+    open_ = []
+
+    def slowly(message: Message) -> RecordDict | Error | None:
+        if message.metadata.message_type == MessageType.QUERY:
+            return greet(message)
+        open_.append(len(s.network.asked) - s.network.count_of("query") - len(done))
+        begun.setdefault(message.metadata.message_id, s.clock.now)
+        if s.clock.now - begun[message.metadata.message_id] < 5:
+            return None
+        done.append(message.metadata.message_id)
+        return greet(message)
+
+    begun: dict[str, float] = {}
+    done: list[str] = []
+    for name in NODES.values():
+        s.network[name].answer = slowly
+    assert sorted(s.ask()) == ["alder", "birch", "elm"]
+    assert max(open_) == most
+    assert [s.network.count(name) for name in NODES.values()] == [1, 1, 1]
+
+
+def test_a_site_that_never_answers_does_not_keep_others_from_being_asked(scene) -> None:
+    """After the deadline the wave is over: whoever was not asked yet is."""
+    s = scene(wave=1, quorum=2)
+    s.network["alder"].answer = lambda m: greet(m) if m.metadata.message_type == MessageType.QUERY else None
+    assert s.ask() == ["birch", "elm"]
+    assert 1600 <= s.clock.now < 1610
 
 
 def test_a_revoked_site_leaves_within_the_round(scene) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
+from medsegdiff.config import preset
 from medsegdiff.errors import UserError
 from medsegdiff.strict import dump_yaml, parse_config, read_config
+from medsegdiff.weights import weight_shapes
 from server.config import ModelChoice, RunPlan, RunRequest, StrategyConfig, make_plan
 
 REQUEST = {"rounds": 2, "local_steps": 3}
@@ -88,3 +91,16 @@ def test_the_quorum_is_all_unless_said(tiny_task) -> None:
     """None means every site of the roster."""
     assert plan_of(tiny_task).required == 2
     assert plan_of(tiny_task, quorum=1).required == 1
+
+
+def test_answers_of_a_large_model_come_in_waves(tiny_task) -> None:
+    """4 GiB of answers at a time: all sites of a small model, eight or nine of one with half a gigabyte."""
+    plan = RunPlan("run", "tiny", StrategyConfig(), {"alder": 1}, tiny_task)
+    assert plan.sites_at_once > 10_000
+    large = replace(plan, task=replace(tiny_task, model=preset("B", image_channels=1, mask_channels=1)))
+    parameters = sum(math.prod(shape) for shape in weight_shapes(large.task.model).values())
+    assert large.sites_at_once == 2**32 // (4 * parameters) == 9
+    assert replace(large, wave=3).sites_at_once == 3
+    assert replace(large, wave=3).run_id == large.run_id
+    with pytest.raises(ValueError, match="wave must be at least 1"):
+        replace(plan, wave=0)
