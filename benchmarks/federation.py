@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import shutil
 import threading
 from collections import defaultdict
@@ -56,7 +57,7 @@ RECIPE = """\
 name: bench
 seed: 0
 world:
-  phantoms: {{sites: [{sites}], patients: 3, slices: 2}}
+  phantoms: {{sites: [{sites}], patients: 3, slices: 4}}
   partition: {{by: site}}
   test_fraction: 0.3
 run:
@@ -93,7 +94,7 @@ class Memory(threading.Thread):
         place = Path("/proc") / str(pid)
         try:
             command = (place / "cmdline").read_bytes().replace(b"\0", b" ")
-            inside = self.mark in command or self.mark in (place / "environ").read_bytes()
+            inside = self.mark in command or self.mark in os.fsencode((place / "cwd").readlink())
             part = next((name for words, name in PARTS if words.encode() in command), None) if inside else None
             if part is not None:
                 self.peaks[part] = max(self.peaks[part], _peak(place / "status"))

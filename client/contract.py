@@ -290,6 +290,8 @@ def arrays_to_wire(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 def arrays_from_wire(record: ArrayRecord, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """One raw array as the tensors it holds, checked before anything is allocated.
 
+    Tensors share the array's memory where that may be written (a `bytearray`), else they have their own.
+
     Args:
         expected: the exact names and shapes.
 
@@ -316,7 +318,7 @@ def arrays_from_wire(record: ArrayRecord, expected: Mapping[str, tuple[int, ...]
         begin += sizes[name]
         if not np.isfinite(part).all():
             raise ContractError(f"array '{name}' holds {int((~np.isfinite(part)).sum())} values that are not finite")
-        tensors[name] = torch.from_numpy(part.astype(np.float32).reshape(expected[name]))
+        tensors[name] = torch.from_numpy(part.astype(np.float32, copy=not part.flags.writeable).reshape(expected[name]))
     return {name: tensors[name] for name in expected}
 
 

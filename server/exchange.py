@@ -58,7 +58,7 @@ class _Round:
     """Who has answered one round's question, and who must be left alone for a while."""
 
     kind: str
-    records: Records
+    records: Callable[[], Records]
     group: str
     wave: int  # sites that are asked at the same time
     answered: set[str] = field(default_factory=set)
@@ -103,7 +103,12 @@ class Exchange:
         return site in self._keys
 
     def ask(
-        self, kind: str, round_: int, records: Records, met: Callable[[], bool], absence_seconds: float
+        self,
+        kind: str,
+        round_: int,
+        records: Callable[[], Records],
+        met: Callable[[], bool],
+        absence_seconds: float,
     ) -> Iterator[tuple[str, Message]]:
         """Ask every site of the roster and yield (site, reply) as they come.
 
@@ -113,7 +118,8 @@ class Exchange:
 
         Args:
             kind: MessageType.TRAIN or EVALUATE.
-            records: what is sent beside the task, the same to all.
+            records: makes what is sent beside the task, the same to all. Called whenever somebody is asked: a model
+                is not kept for that.
             met: whether the replies so far suffice.
 
         Raises:
@@ -219,53 +225,61 @@ class Exchange:
         """
         now = time.monotonic()
         asked = {(node, q.site is None, q.activation) for node, q in self._pending.values()}
-        messages: list[tuple[Message, _Question]] = []
-        task = to_wire(self.plan.task)
+        due: list[tuple[int, _Question]] = []
         for node, (_, activation) in self._online.items():
             site = self.sites.get(node)
             if site is None:
                 if (node, True, activation) not in asked and now >= self._retry.get(node, 0.0):
-                    nonce = secrets.token_hex(16)
-                    content = RecordDict({"task": task, "invitation": to_wire(Invitation(self.plan.run_id, nonce))})
-                    messages.append((Message(content, node, MessageType.QUERY), _Question(None, activation, nonce)))
+                    due.append((node, _Question(None, activation, secrets.token_hex(16))))
             elif (
                 self.is_member(site)
                 and site not in round_state.answered
                 and (node, False, activation) not in asked
                 and now >= round_state.not_before.get(site, 0.0)
             ):
-                content = RecordDict({"task": task, **round_state.records})
-                message = Message(content, node, round_state.kind, group_id=round_state.group)
-                messages.append((message, _Question(site, activation)))
-        messages.sort(key=lambda pair: pair[1].site or "")  # site order: a simulation trains in it
-        messages = self._wave(messages, round_state.wave)
-        if not messages:
-            return False
-        first = [question for _, question in messages if question.site and question.site not in round_state.not_before]
-        ids = self.grid.push_messages([message for message, _ in messages])
-        for message_id, (message, question) in zip(ids, messages, strict=False):
+                due.append((node, _Question(site, activation)))
+        due.sort(key=lambda pair: pair[1].site or "")  # site order: a simulation trains in it
+        due = self._wave(due, round_state.wave)
+        ids = self.grid.push_messages(self._compose(due, round_state)) if due else []
+        for message_id, (node, question) in zip(ids, due, strict=False):
             if message_id is not None:
-                self._pending[message_id] = (message.metadata.dst_node_id, question)
-        return bool(first)
+                self._pending[message_id] = (node, question)
+        return any(question.site and question.site not in round_state.not_before for _, question in due)
 
-    def _wave(self, messages: list[tuple[Message, _Question]], most: int) -> list[tuple[Message, _Question]]:
+    def _wave(self, due: list[tuple[int, _Question]], most: int) -> list[tuple[int, _Question]]:
         """Introductions, and as many of the round's questions as may be open: each may end in an answer, a model large,
         that the SuperLink has to hold until it is fetched."""
         free = most - len({q.site for _, q in self._pending.values() if q.site is not None})
         sent = []
-        for message, question in messages:
-            if question.site is not None and free <= 0:
-                continue
-            free -= question.site is not None
-            sent.append((message, question))
+        for node, question in due:
+            if question.site is not None:
+                if free <= 0:
+                    continue
+                free -= 1
+            sent.append((node, question))
         return sent
+
+    def _compose(self, due: list[tuple[int, _Question]], round_state: _Round) -> list[Message]:
+        """The messages; what goes to several sites is made once."""
+        task = to_wire(self.plan.task)
+        records = round_state.records() if any(question.site for _, question in due) else {}
+        messages = []
+        for node, question in due:
+            if question.site is None:
+                invitation = to_wire(Invitation(self.plan.run_id, question.nonce))
+                content = RecordDict({"task": task, "invitation": invitation})
+                messages.append(Message(content, node, MessageType.QUERY))
+            else:
+                content = RecordDict({"task": task, **records})
+                messages.append(Message(content, node, round_state.kind, group_id=round_state.group))
+        return messages
 
     def _pull(self, round_state: _Round) -> Iterator[tuple[str | None, Message]]:
         """Replies that are here, one at a time; the site is None for what does not count in the round."""
         for message_id in list(self._pending):
             if message_id not in self._pending:
                 continue  # the site answered another copy of the question, or left
-            for reply in self.grid.pull_messages([message_id]):
+            for reply in self.grid.pull_messages([message_id]):  # one: each may be a model
                 node, question = self._pending.pop(message_id)
                 site = None
                 if question.site is None:

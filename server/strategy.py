@@ -26,6 +26,7 @@ from server.aggregation import AggregationOverflow, FixedPointSum, apply_update
 from server.checkpoints import Checkpoint, CheckpointStore
 from server.config import RunPlan
 from server.exchange import Exchange, Records
+from server.grid import BoundedGrid
 from server.journal import Journal
 from server.membership import Membership
 from server.screening import Accepted, Expected, Rejection, screen_scores, screen_update
@@ -86,7 +87,8 @@ class FederatedAveraging(Strategy):
             UserError: fewer usable updates than the quorum.
         """
         first = self._restore(initial_arrays)
-        self.exchange = Exchange(grid, self.plan, self.journal, self.membership, self.stopped)
+        bounded = BoundedGrid.over(grid, 4 * sum(math.prod(shape) for shape in self.shapes.values()))
+        self.exchange = Exchange(bounded, self.plan, self.journal, self.membership, self.stopped)
         result = Result()
         for round_ in range(first, num_rounds + 1):
             if round_ > first:
@@ -129,13 +131,13 @@ class FederatedAveraging(Strategy):
     def _train(self, round_: int) -> Iterator[tuple[str, Message]]:
         assert self.exchange is not None
         return self.exchange.ask(
-            MessageType.TRAIN, round_, self._records(round_), self._enough, self.plan.absence_seconds
+            MessageType.TRAIN, round_, lambda: self._records(round_), self._enough, self.plan.absence_seconds
         )
 
     def _evaluate(self, round_: int) -> Iterator[tuple[str, Message]]:
         """Scores of whoever is there: nobody is waited for."""
         assert self.exchange is not None
-        return self.exchange.ask(MessageType.EVALUATE, round_, self._records(round_), lambda: True, 0.0)
+        return self.exchange.ask(MessageType.EVALUATE, round_, lambda: self._records(round_), lambda: True, 0.0)
 
     def _enough(self) -> bool:
         return self._usable >= self._required(self._round)

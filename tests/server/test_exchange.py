@@ -156,7 +156,7 @@ class Scene:
         came: list[str] = []
         due = self.talk.plan.required if need is None else need
         wait = self.talk.plan.absence_seconds if absence is None else absence
-        for site, _ in self.talk.ask(MessageType.TRAIN, round_, {}, lambda: len(came) >= due, wait):
+        for site, _ in self.talk.ask(MessageType.TRAIN, round_, dict, lambda: len(came) >= due, wait):
             came.append(site)
         return came
 
