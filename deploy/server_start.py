@@ -35,7 +35,7 @@ from deploy.gateway import (
 from deploy.health import HealthServer, probe
 from deploy.keeper import RunKeeper
 from deploy.metrics import serve_metrics
-from deploy.processes import LOOPBACK, answers_https, environment, note, shared_secret
+from deploy.processes import GIVE_BACK, LOOPBACK, answers_https, environment, note, shared_secret
 from deploy.renewal import renew_server, renewal_due
 from deploy.renewal_service import serve_renewals
 from deploy.runs import next_run
@@ -68,7 +68,7 @@ class Server:
     def _children(self) -> list[Child]:
         federation, ports = self.federation, self.federation.ports
         secret = shared_secret(self.state / "superexec.secret").resolve()
-        env = environment(self.state / "flower", MEDSEGFED_FEDERATION=str(federation.folder.resolve()))
+        env = environment(self.state / "flower", MEDSEGFED_FEDERATION=str(federation.folder.resolve()), **GIVE_BACK)
         for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
             env.pop(name, None)  # the server calls nobody but itself
         link = f"{LOOPBACK}:{ports.superlink}"

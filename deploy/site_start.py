@@ -22,7 +22,7 @@ from client.keys import SiteKeys
 from client.site import SiteConfig
 from deploy.child import Child
 from deploy.health import probe
-from deploy.processes import LOOPBACK, environment, free_ports, note, shared_secret
+from deploy.processes import GIVE_BACK, LOOPBACK, environment, free_ports, note, shared_secret
 from deploy.renewal import renew_site, renewal_due
 from deploy.supervisor import Supervisor, hold
 from medsegdiff.errors import UserError
@@ -71,7 +71,7 @@ def site_children(folder: Path, keys: SiteKeys) -> list[Child]:
             "--health-server-address", f"{LOOPBACK}:{health}",
         ),
         log=state / "logs" / "supernode.log",
-        env=env,
+        env=env | GIVE_BACK,
         ready=lambda: probe(f"{LOOPBACK}:{health}"),
     )  # fmt: skip
     runner = Child(
