@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from client.contract import ContractError, Invitation, Presence, to_wire
 from server.config import RunPlan
@@ -36,6 +37,13 @@ LOST = (
     ErrorCode.NODE_UNAVAILABLE,
     ErrorCode.CLIENT_APP_CRASHED,
 )  # Flower's own answers for a node that lost its line or its process: the SuperLink gives them in its own name
+
+# What building a message from a site's bytes may raise: Flower looks at their heads alone before it gives them to us.
+_UNREADABLE = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RecursionError, MemoryError,
+    DecodeError, OverflowError,
+)  # fmt: skip
+UNREADABLE = 102  # Error.code, ours, for such an answer
 
 Records = dict[str, ArrayRecord | ConfigRecord | MetricRecord]
 
@@ -87,6 +95,7 @@ class Exchange:
         self.patient = membership is not None  # a real network: sites come late and come back
         self.sites: dict[int, str] = {}  # node -> site, once it has introduced itself
         self.refused: dict[str, str] = {}  # site (or node) -> code of its last refusal
+        self.suspended: set[str] = set()  # in a simulation; a federation's register says who is a member
         self._pending: dict[str, tuple[int, _Question]] = {}  # message id -> node, question
         self._online: dict[int, tuple[str, str]] = {}  # node -> name it is registered by, activation
         self._looked = -LOOK_SECONDS
@@ -99,7 +108,7 @@ class Exchange:
 
     def is_member(self, site: str) -> bool:
         """Whether the site's answers count at this moment; a revocation takes effect here within a look."""
-        return site in self._keys
+        return site in self._keys and site not in self.suspended
 
     def ask(
         self, kind: str, round_: int, records: Records, met: Callable[[], bool], absence_seconds: float
@@ -248,7 +257,7 @@ class Exchange:
         for message_id in list(self._pending):
             if message_id not in self._pending:
                 continue  # the site answered another copy of the question, or left
-            for reply in self.grid.pull_messages([message_id]):
+            for reply in self._replies(message_id, round_state.kind):
                 node, question = self._pending.pop(message_id)
                 site = None
                 if question.site is None:
@@ -257,6 +266,16 @@ class Exchange:
                     round_state.answered.add(site)
                     self._pending = {i: (n, q) for i, (n, q) in self._pending.items() if q.site != site}
                 yield site, reply
+
+    def _replies(self, message_id: str, kind: str) -> Iterable[Message]:
+        """What has come as an answer; one that Flower cannot even read is an error of the node's."""
+        try:
+            return list(self.grid.pull_messages([message_id]))
+        except _UNREADABLE as error:
+            question = Message(RecordDict(), self._pending[message_id][0], kind)
+            question.metadata.__dict__["_message_id"] = message_id
+            fault = f"its objects cannot be read: {short_reason(error)}"
+            return [Message(Error(UNREADABLE, fault), reply_to=question)]
 
     def _sender(self, site: str, node: int, reply: Message, round_state: _Round) -> str | None:
         """The site a reply counts for; None when it is to be asked again, or the reply is a stranger's."""
