@@ -1,19 +1,25 @@
 """Weighted averaging whose result does not depend on the order of arrival.
 
 Floating-point addition is not associative: the same updates summed in another order give another model. Here n x delta
-is rounded once to a 64-bit integer in units of 2**-SCALE_BITS; integer addition is associative, so the sum - and the
-model - is the same bit for bit in any order, and no update has to be kept until its turn comes.
+is rounded once to an integer in units of 2**-SCALE_BITS; integer addition is associative, so the sum - and the model -
+is the same bit for bit in any order, and no update has to be kept until its turn comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SCALE_BITS = 36  # resolution 1.5e-11 of a weight; room for a sum of n * |delta| up to 2**26 per weight
+BLOCK = 2**16  # values folded at once: 512 KiB of float64, which stay in a core's cache
 _LIMIT = 2.0**62  # half the range of int64: a sum of two values below it cannot wrap
+_EXACT = 2.0**52  # float64 holds every integer below it, and its sums of two, exactly
 
 
 class AggregationOverflow(ValueError):
@@ -21,7 +27,10 @@ class AggregationOverflow(ValueError):
 
 
 class FixedPointSum:
-    """Running sum of n x delta over sites, in int64 fixed point.
+    """Running sum of n x delta over sites, in fixed point.
+
+    The integers are kept in float64 as long as all of them are below 2**52, where its additions are exact and need no
+    conversion, and in the same memory as int64 from then on. 8 bytes a weight, and one block.
 
     Guarantees:
         The result is the same for any order of `add`.
@@ -30,7 +39,11 @@ class FixedPointSum:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._sums = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()}
+        self.shapes = dict(shapes)
+        self._sums = {name: np.zeros(math.prod(shape), np.float64) for name, shape in shapes.items()}
+        self._integers: dict[str, NDArray[np.int64]] | None = None  # the same memory, once it holds int64
+        self._bound = 0.0  # no sum is larger than it, in units of 2**-SCALE_BITS
+        self._scaled = np.empty(BLOCK, np.float64)
         self.total = 0
 
     def add(self, delta: Mapping[str, Tensor], n: int) -> None:
@@ -41,25 +54,65 @@ class FixedPointSum:
         """
         if n < 1:
             raise AggregationOverflow(f"weight {n} is below 1")
-        fixed = {}
-        for name, total in self._sums.items():
-            scaled = delta[name].to(torch.float64) * (n * 2.0**SCALE_BITS)
-            # Checked in float64, whose error at 2**62 (2**10) the margin to 2**63 covers.
-            if not bool(((scaled.abs() + total.to(torch.float64).abs()) < _LIMIT).all()):
+        added: list[tuple[str, int, NDArray[np.float32]]] = []
+        peak = 0.0
+        for name, begin, values in self._blocks(delta):
+            largest = max(float(values.max()), -float(values.min())) * (n * 2.0**SCALE_BITS)
+            scaled = np.multiply(values, n * 2.0**SCALE_BITS, out=self._scaled[: len(values)], dtype=np.float64)
+            if not self._fits(name, begin, scaled, largest):
+                for other, start, taken in added:  # integers: what was added is taken away without a trace
+                    self._fold(other, start, -np.multiply(taken, n * 2.0**SCALE_BITS, dtype=np.float64))
                 raise AggregationOverflow(f"weight {n} times the change of '{name}' exceeds the fixed-point range")
-            fixed[name] = scaled.round().to(torch.int64)
-        for name, value in fixed.items():
-            self._sums[name] += value
+            self._fold(name, begin, scaled)
+            added.append((name, begin, values))
+            peak = max(peak, largest)
+        self._bound += peak
         self.total += n
 
     def mean(self) -> dict[str, Tensor]:
         """The weighted mean update, float32. Raises ValueError when nothing was added."""
         if self.total == 0:
             raise ValueError("no update was added, so there is no mean")
-        return {
-            name: (total.to(torch.float64) / (self.total * 2.0**SCALE_BITS)).to(torch.float32)
-            for name, total in self._sums.items()
-        }
+        sums: Mapping[str, NDArray[Any]] = self._sums if self._integers is None else self._integers
+        unit = self.total * 2.0**SCALE_BITS
+        result = {}
+        for name, total in sums.items():
+            mean = np.empty(len(total), np.float32)
+            for begin in range(0, len(total), BLOCK):
+                part = total[begin : begin + BLOCK]
+                np.divide(part, unit, out=self._scaled[: len(part)], dtype=np.float64)
+                mean[begin : begin + BLOCK] = self._scaled[: len(part)]
+            result[name] = torch.from_numpy(mean).reshape(self.shapes[name])
+        return result
+
+    def _blocks(self, delta: Mapping[str, Tensor]) -> Iterator[tuple[str, int, NDArray[np.float32]]]:
+        for name in self._sums:
+            flat = delta[name].contiguous().reshape(-1).numpy()
+            for begin in range(0, len(flat), BLOCK):
+                yield name, begin, flat[begin : begin + BLOCK]
+
+    def _fits(self, name: str, begin: int, scaled: NDArray[np.float64], largest: float) -> bool:
+        """Whether a block may be added; turns the sums into int64 when float64 could no longer hold them."""
+        if self._integers is None and self._bound + largest < _EXACT:
+            return True
+        if self._integers is None:
+            self._integers = {key: value.view(np.int64) for key, value in self._sums.items()}
+            for key, value in self._sums.items():
+                for at in range(0, len(value), BLOCK):
+                    self._integers[key][at : at + BLOCK] = value[at : at + BLOCK].astype(np.int64)
+        if self._bound + largest < _LIMIT / 2:
+            return True
+        # Checked in float64, whose error at 2**62 (2**10) the margin to 2**63 covers. NaN is below nothing.
+        before = np.abs(self._integers[name][begin : begin + len(scaled)].astype(np.float64))
+        return bool(((np.abs(scaled) + before) < _LIMIT).all())
+
+    def _fold(self, name: str, begin: int, scaled: NDArray[np.float64]) -> None:
+        np.rint(scaled, out=scaled)
+        part = slice(begin, begin + len(scaled))
+        if self._integers is None:
+            self._sums[name][part] += scaled
+        else:
+            self._integers[name][part] += scaled.astype(np.int64)
 
 
 def apply_update(weights: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -70,5 +70,5 @@ def _carry_out(grid: Grid, folder: Path, plan: RunPlan, journal: Journal, member
     strategy.summary()
     initial = arrays_to_wire(initial_weights(plan.task.model, plan.task.seed))
     strategy.start(grid, initial, num_rounds=plan.task.rounds, timeout=plan.deadline_seconds)
-    save_model(folder / "model.safetensors", plan.task.card, strategy.weights)
-    return hash_weights(strategy.weights)
+    save_model(folder / "model.safetensors", plan.task.card, strategy.chosen.released)
+    return hash_weights(strategy.chosen.released)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from medsegdiff.weights import hash_weights, read_tensors
 log = logging.getLogger("medsegfed.server")
 
 KEPT = 3
+BEST = "best.safetensors"
+AVERAGE = "average"  # part of the memory: the model averaged over rounds
+_PART = "/"  # between a part of the optimizer's memory and a weight's name, which has none
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,17 @@ class Checkpoint:
     round: int
     weights: dict[str, Tensor]
     record: dict[str, Any]  # what happened in the round, as the journal tells it
+    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # memory of the server's optimizer, by its parts
+
+    @property
+    def released(self) -> dict[str, Tensor]:
+        """The model that is scored and handed out: the average over rounds where one is kept, else the weights."""
+        return self.state.get(AVERAGE, self.weights)
+
+    @property
+    def released_hash(self) -> str:
+        """Its identity."""
+        return str(self.record.get("released", self.record["model_hash"]))
 
 
 class CheckpointStore:
@@ -46,11 +60,31 @@ class CheckpointStore:
             "hash": hash_weights(checkpoint.weights),
             "record": json.dumps(checkpoint.record, sort_keys=True, allow_nan=False),
         }
+        tensors = dict(checkpoint.weights)
+        if checkpoint.state:
+            memory = {
+                f"{part}{_PART}{name}": v for part, found in checkpoint.state.items() for name, v in found.items()
+            }
+            metadata["state"] = hash_weights(memory)
+            tensors |= memory
         metadata["seal"] = _seal(metadata)
-        data = save({name: value.contiguous() for name, value in checkpoint.weights.items()}, metadata=metadata)
+        data = save({name: value.contiguous() for name, value in tensors.items()}, metadata=metadata)
         write_atomic(self._path(checkpoint.round), data)
         for path in self._paths()[KEPT:]:
             path.unlink(missing_ok=True)
+
+    def keep(self, round_: int) -> None:
+        """Put a round that is among the last aside as the best one, in place of the earlier best."""
+        write_atomic(self.folder / BEST, self._path(round_).read_bytes())
+
+    def best(self, run: str) -> Checkpoint | None:
+        """The round that was put aside. None: none was, or its file is damaged."""
+        path = self.folder / BEST
+        try:
+            return self._load(path, run) if path.exists() else None
+        except UserError as error:
+            log.warning("%s", error)
+            return None
 
     def latest(self, run: str) -> Checkpoint | None:
         """The newest round whose file is whole; a torn or edited one is named in the log and passed over.
@@ -71,14 +105,23 @@ class CheckpointStore:
         return None
 
     def _load(self, path: Path, run: str) -> Checkpoint:
-        weights, metadata = read_tensors(path)
+        tensors, metadata = read_tensors(path)
+        weights = {name: value for name, value in tensors.items() if _PART not in name}
+        memory = {name: value for name, value in tensors.items() if _PART in name}
         if metadata.get("run") != run:
             raise UserError(f"{path}: belongs to run {metadata.get('run')!r}, not {run!r}.")
         if metadata.get("hash") != hash_weights(weights):
             raise UserError(f"{path}: its weights do not have the hash they were written with; the file is damaged.")
-        if metadata.pop("seal", None) != _seal(metadata) or path != self._path(int(metadata["round"])):
+        if metadata.get("state") != (hash_weights(memory) if memory else None):
+            raise UserError(f"{path}: the optimizer's memory is not the one that was written; the file is damaged.")
+        sealed = metadata.pop("seal", None) == _seal(metadata)
+        if not sealed or path not in (self._path(int(metadata["round"])), self.folder / BEST):
             raise UserError(f"{path}: its record is not the one that was written; the file is damaged.")
-        return Checkpoint(run, int(metadata["round"]), weights, json.loads(metadata["record"]))
+        state: dict[str, dict[str, Tensor]] = {}
+        for name, value in memory.items():
+            part, _, weight = name.partition(_PART)
+            state.setdefault(part, {})[weight] = value
+        return Checkpoint(run, int(metadata["round"]), weights, json.loads(metadata["record"]), state)
 
     def _path(self, round_: int) -> Path:
         return self.folder / f"round-{round_:06d}.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from client.contract import TrainTask
@@ -13,6 +13,7 @@ from medsegdiff.data.dataset import DatasetConfig
 from medsegdiff.errors import UserError
 from medsegdiff.labels import LabelScheme
 from medsegdiff.strict import Strict, compact_json, plain
+from server.compatibility import Features, refuse_unsound
 
 ANSWERS_BYTES = 4 * 2**30  # of answers that may wait in the SuperLink's memory, where a plan says nothing else
 _ANY_DATASET = DatasetConfig("any", "any", ("image",), {"background": 0, "target": 1})
@@ -34,16 +35,97 @@ def _check_wave(wave: int | None) -> None:
 
 @dataclass(frozen=True)
 class StrategyConfig(Strict):
-    """How updates become the next model."""
+    """How updates become the next model: a rule makes one change of them, an optimizer takes the step.
 
-    name: Literal["fedavg", "fedprox"] = "fedavg"
+    Which combinations are sound: server/compatibility.py.
+    """
+
+    name: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
     proximal_mu: float = 0.0  # FedProx only: pull of local weights towards the received ones
+    weighting: Literal["examples", "equal"] | None = None  # null: by patients for mean and norm_clip, else alike
+    server_learning_rate: float = 1.0  # eta: of the aggregated change
+    beta_1: float = 0.9  # fedavgm, fedadam, fedyogi: memory of the change
+    beta_2: float = 0.99  # fedadam, fedyogi: memory of its square
+    tau: float = 1e-3  # fedadam, fedyogi: adaptivity; changes far below it move a weight little
+    ema: float = 0.0  # the model that is scored and handed out averages over rounds with this decay; 0: the last one
+    rule: Literal["mean", "norm_clip", "median", "trimmed_mean", "multi_krum", "centred_clip"] = "mean"
+    byzantine: int = 1  # f: malicious sites that trimmed_mean, multi_krum, median and centred_clip are to bear
+    clip_norm: float | None = None  # norm_clip, centred_clip; null: the median of the round's norms
+    clip_iterations: int = 3  # centred_clip: L
 
     def __post_init__(self) -> None:
         if (self.name == "fedprox") != (self.proximal_mu > 0):
             raise ValueError(
-                f"proximal_mu is {self.proximal_mu} with {self.name}: fedprox needs a value above 0, fedavg needs 0"
+                f"proximal_mu is {self.proximal_mu} with {self.name}: fedprox needs a value above 0, "
+                f"{'fedavg needs' if self.name != 'fedprox' else 'the others need'} 0"
             )
+        for field_, low, high in (("beta_1", 0.0, 1.0), ("beta_2", 0.0, 1.0), ("ema", 0.0, 1.0)):
+            if not low <= getattr(self, field_) < high:
+                raise ValueError(f"{field_} must lie in [0, 1), found {getattr(self, field_)}")
+        for field_ in ("server_learning_rate", "tau", "clip_norm"):
+            value = getattr(self, field_)
+            if value is not None and not 0 < value < 1e6:
+                raise ValueError(f"{field_} must lie in (0, 1000000), found {value}")
+        if not 0 <= self.byzantine <= 1000:
+            raise ValueError(f"byzantine must lie in 0..1000, found {self.byzantine}")
+        if not 1 <= self.clip_iterations <= 100:
+            raise ValueError(f"clip_iterations must lie in 1..100, found {self.clip_iterations}")
+
+        refuse_unsound(Features.of(self))
+
+    @property
+    def least_updates(self) -> int:
+        """Updates below which the rule cannot bear `byzantine` malicious ones: 2 f + 1, for Krum 2 f + 3."""
+        f = self.byzantine
+        return {"median": 2 * f + 1, "trimmed_mean": 2 * f + 1, "centred_clip": 2 * f + 1, "multi_krum": 2 * f + 3}.get(
+            self.rule, 1
+        )
+
+    def stated(self) -> dict[str, Any]:
+        """Name, proximal_mu and whatever differs from the defaults: what the run's identity and its report tell."""
+        told = plain(self)
+        return {key: told[key] for key in ("name", "proximal_mu")} | _differing(self)
+
+
+@dataclass(frozen=True)
+class ScreeningConfig(Strict):
+    """How large an update may be before it is left out; the norm is the 2-norm over all weights."""
+
+    norm_factor: float | None = 10.0  # times the median norm of the updates of the last committed round; null: any
+    first_norm: float | None = None  # most in round one; null: what AdamW can move the weights in a round's steps
+    strikes: int = 3  # rejections in a row after which a site is suspended
+
+    def __post_init__(self) -> None:
+        for name in ("norm_factor", "first_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e12:
+                raise ValueError(f"{name} must lie in (0, 1e12), found {value}")
+        if self.norm_factor is not None and self.norm_factor < 1:
+            raise ValueError(f"norm_factor must be at least 1, found {self.norm_factor}: half of the sites are above 1")
+        if not 1 <= self.strikes <= 1000:
+            raise ValueError(f"strikes must lie in 1..1000, found {self.strikes}")
+
+
+@dataclass(frozen=True)
+class SelectionConfig(Strict):
+    """Which round's model is handed out, and when a run ends early. Chosen on held-out patients: the report says so."""
+
+    by: Literal["last", "mean", "worst"] = (
+        "last"  # round; or the scored round with the best mean, or worst site's, Dice
+    )
+    patience: int | None = None  # scored rounds without a better one after which the run ends; null: it never does
+
+    def __post_init__(self) -> None:
+        if self.patience is not None and not 1 <= self.patience <= 100_000:
+            raise ValueError(f"patience must lie in 1..100000, found {self.patience}")
+        if self.patience is not None and self.by == "last":
+            raise ValueError("patience needs `by: mean` or `by: worst`: what is to become better")
+
+
+def _differing(config: Any) -> dict[str, Any]:
+    """Fields that do not have their default value, as plain data."""
+    told = plain(config)
+    return {f.name: told[f.name] for f in fields(config) if getattr(config, f.name) != f.default}
 
 
 @dataclass(frozen=True)
@@ -93,6 +175,8 @@ class RunRequest(Strict):
     deadline_seconds: float = 3600.0  # a round waits no longer for its sites
     absence_seconds: float = 120.0  # with the quorum met, how long a round waits for sites that are offline
     wave: int | None = None  # sites that train at the same time; default: whose answers take 4 GiB in all
+    screening: ScreeningConfig = ScreeningConfig()
+    selection: SelectionConfig = SelectionConfig()
 
     def __post_init__(self) -> None:
         _check_wave(self.wave)
@@ -131,6 +215,8 @@ class RunPlan(Strict):
     deadline_seconds: float = 3600.0
     absence_seconds: float = 120.0
     wave: int | None = None
+    screening: ScreeningConfig = ScreeningConfig()
+    selection: SelectionConfig = SelectionConfig()
     engine: str = field(default="inline")  # inline, ray (simulations) or network (a real federation)
 
     def __post_init__(self) -> None:
@@ -140,6 +226,11 @@ class RunPlan(Strict):
             raise ValueError(f"quorum must lie in 1..{len(self.roster)} (the number of sites), found {self.quorum}")
         _check_pace(self.evaluate_every, self.deadline_seconds, self.absence_seconds)
         _check_wave(self.wave)
+        if len(self.roster) < self.strategy.least_updates:
+            raise ValueError(
+                f"strategy.rule {self.strategy.rule} with byzantine {self.strategy.byzantine} needs at least "
+                f"{self.strategy.least_updates} sites, the run has {len(self.roster)}"
+            )
 
     @property
     def run_id(self) -> str:
@@ -148,7 +239,14 @@ class RunPlan(Strict):
         The engine does not, nor how long a round waits, for how many, how many at once: that may change while a run
         goes on.
         """
-        defining = {key: value for key, value in plain(self).items() if key not in _PATIENCE}
+        defining = plain(replace(self, engine="any", **_PATIENCE))
+        del defining["wave"]
+        # What has its default is left out: a run that began before a setting existed keeps its identity.
+        defining["strategy"] = self.strategy.stated()
+        for name in ("screening", "selection"):
+            defining[name] = _differing(getattr(self, name))
+            if not defining[name]:
+                del defining[name]
         return f"{self.name}-{hashlib.sha256(compact_json(defining).encode()).hexdigest()[:12]}"
 
     @property
@@ -167,10 +265,10 @@ class RunPlan(Strict):
     @property
     def required(self) -> int:
         """Updates without which a round does not count."""
-        return self.quorum if self.quorum is not None else len(self.roster)
+        return max(self.quorum if self.quorum is not None else len(self.roster), self.strategy.least_updates)
 
 
-_PATIENCE = ("engine", "quorum", "deadline_seconds", "absence_seconds", "wave")
+_PATIENCE: dict[str, Any] = {"quorum": None, "deadline_seconds": 3600.0, "absence_seconds": 120.0}
 
 
 def make_plan(
@@ -189,6 +287,8 @@ def make_plan(
             deadline_seconds=request.deadline_seconds,
             absence_seconds=min(request.absence_seconds, request.deadline_seconds),
             wave=request.wave,
+            screening=request.screening,
+            selection=request.selection,
             engine=engine,
         )
     except ValueError as error:

@@ -37,6 +37,7 @@ LOST = (
     ErrorCode.CLIENT_APP_CRASHED,
 )  # Flower's own answers for a node that lost its line or its process: the SuperLink gives them in its own name
 
+
 Records = dict[str, ArrayRecord | ConfigRecord | MetricRecord]
 
 
@@ -88,6 +89,7 @@ class Exchange:
         self.patient = membership is not None  # a real network: sites come late and come back
         self.sites: dict[int, str] = {}  # node -> site, once it has introduced itself
         self.refused: dict[str, str] = {}  # site (or node) -> code of its last refusal
+        self.suspended: set[str] = set()  # in a simulation; a federation's register says who is a member
         self._pending: dict[str, tuple[int, _Question]] = {}  # message id -> node, question
         self._online: dict[int, tuple[str, str]] = {}  # node -> name it is registered by, activation
         self._looked = -LOOK_SECONDS
@@ -100,7 +102,7 @@ class Exchange:
 
     def is_member(self, site: str) -> bool:
         """Whether the site's answers count at this moment; a revocation takes effect here within a look."""
-        return site in self._keys
+        return site in self._keys and site not in self.suspended
 
     def ask(
         self,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from medsegdiff.chained_log import AUDIT_LOG, ChainedLog, audit_lines
-from server.members import Member, read_members
+from server.members import Member, edit_members, read_members
 
 FEDERATION = "MEDSEGFED_FEDERATION"  # environment: the coordinator's federation folder
 
@@ -29,6 +30,19 @@ class Membership:
         """Site -> its entry, for those admitted and neither revoked nor suspended at this moment."""
         members = read_members(self.folder / "members.json")
         return {site: member for site, member in members.items() if member.active}
+
+    def suspend(self, site: str, **fields: Any) -> None:
+        """Shut a member out until the coordinator lifts it (`medsegfed lift`); done again for the same cause, nothing.
+
+        Args:
+            fields: the cause, for the audit log.
+        """
+        if self.has("site_suspended", site=site, **fields):
+            return
+        with edit_members(self.folder / "members.json") as members:
+            if site in members and members[site].status == "admitted":
+                members[site] = replace(members[site], status="suspended")
+        self.note("site_suspended", site=site, **fields)
 
     def note(self, event: str, **fields: Any) -> None:
         """One line in the federation's audit log."""

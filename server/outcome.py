@@ -26,6 +26,7 @@ from server.rounds import (
     absences,
     committed_rounds,
     history,
+    released_hash,
     run_state,
     scored_rounds,
     site_seconds,
@@ -65,10 +66,11 @@ def federation_report(plan: RunPlan, events: Sequence[Event]) -> dict[str, Any]:
     committed, scored = committed_rounds(events), scored_rounds(events)
     # Only a committed round's scores count: a kill may have left those of a round that was then repeated.
     numbers = [number for number in scored if number <= len(committed)]
-    last = max(numbers, default=None)
+    selected = next((event["round"] for event in reversed(events) if event["event"] == "selected"), None)
+    last = selected if selected in numbers else max(numbers, default=None)
     scores = scored[last] if last is not None else {}
     described = describe_run(plan)
-    described["model"]["hash"] = committed[-1]["model_hash"] if committed else None
+    described["model"]["hash"] = released_hash(events)
     introduced = {event["site"]: event for event in events if event["event"] == "site"}
     train, evaluate = site_seconds(events, _longest)
     total = max(
@@ -100,7 +102,7 @@ def describe_run(plan: RunPlan) -> dict[str, Any]:
         "rounds": task.rounds,
         "local_steps": task.local_steps,
         "engine": plan.engine,
-        "strategy": plain(plan.strategy),
+        "strategy": plan.strategy.stated(),
         "model": {"preset": plan.preset, "parameters": parameters, **plain(task.model)},
         "dataset": {
             "name": task.dataset.name,
@@ -184,6 +186,7 @@ def _notes(
     unknown = [site for site in plan.roster if site not in introduced]
     if unknown and introduced:
         notes.append(f"On the roster, but never there: {', '.join(unknown)}.")
+    notes += selection_notes(plan, events)
     unscored = [site for site in plan.roster if site in introduced and site not in scores]
     if scores and unscored:
         notes.append(f"Not among the last scores, and so in neither mean nor worst: {', '.join(unscored)}.")
@@ -197,6 +200,33 @@ def _notes(
     strangers = sum(event["event"] == "stranger" for event in events)
     if strangers:
         notes.append(f"Left out, as of no site of this run or a second answer: {plural(strangers, 'message')}.")
+    return notes
+
+
+def selection_notes(plan: RunPlan, events: Sequence[Event]) -> list[str]:
+    """How the model that is handed out was chosen, where it is not simply the last round's; who was suspended."""
+    notes = [
+        f"{event['site']} was suspended after round {event['round']}: {plural(event['strikes'], 'update')} in a row "
+        "had been rejected."
+        for event in events
+        if event["event"] == "suspended"
+    ]
+    chosen = next((event for event in reversed(events) if event["event"] == "selected"), None)
+    if chosen is not None:
+        over = "lowest Dice of a site" if chosen["by"] == "worst" else "mean Dice"
+        early = (
+            f" of {chosen['rounds']} rounds"
+            if chosen["rounds"] == plan.task.rounds
+            else (f"; the run ended early after round {chosen['rounds']} of {plan.task.rounds}")
+        )
+        notes.append(
+            f"The model is that of round {chosen['round']}{early}: it has the best {over} on the held-out patients, so "
+            "the figures for it are a little too good."
+        )
+    if plan.strategy.ema > 0:
+        notes.append(
+            f"The model is an average over rounds (decay {plan.strategy.ema:g}); its scores are the average's."
+        )
     return notes
 
 

@@ -271,7 +271,10 @@ def _participation(report: Report) -> list[dict[str, str]]:
         {
             "name": name,
             "absent": text.rounds_text(site.absent_rounds) or text.NONE,
-            "rejected": "; ".join(f"round {fault.round}: {fault.reason}" for fault in site.rejected_rounds)
+            "rejected": "; ".join(
+                [f"round {fault.round}: {fault.reason}" for fault in site.rejected_rounds]
+                + [f"suspended in {text.rounds_text(site.suspended_rounds)}"] * bool(site.suspended_rounds)
+            )
             or text.NONE,
             "refusals": "; ".join(
                 said.reason + (f" ({said.times} times)" if said.times > 1 else "") for said in site.refusals
@@ -280,7 +283,7 @@ def _participation(report: Report) -> list[dict[str, str]]:
             "faults": text.count_text(site.faults),
         }
         for name, site in report.sites.items()
-        if site.absent_rounds or site.rejected_rounds or site.refusals or site.faults
+        if site.absent_rounds or site.rejected_rounds or site.suspended_rounds or site.refusals or site.faults
     ]
 
 

@@ -73,6 +73,7 @@ class SiteScores(Strict):
     epsilon: Positive | None
     absent_rounds: tuple[Count, ...]
     rejected_rounds: tuple[RejectedRound, ...] = ()
+    suspended_rounds: tuple[Count, ...] = ()  # in which it was not asked, for rejections before
     dice_by_target: dict[Arm, dict[str, Dice | None] | None] | None = None
     hd95_undefined: dict[Arm, Count | None] | None = None  # test patients with one of the two masks empty
     faults: Count | None = None  # cases skipped because they could not be read

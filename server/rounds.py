@@ -39,6 +39,21 @@ def scored_rounds(events: Iterable[Event]) -> dict[int, dict[str, dict[str, Any]
     return {event["round"]: event["sites"] for event in events if event["event"] == "scores"}
 
 
+def released_round(events: Iterable[Event]) -> int | None:
+    """The round whose model is handed out: the selected one, else the last committed one; None before the first."""
+    found = None
+    for event in events:
+        if event["event"] in ("round", "selected") and event["round"] > 0:
+            found = event["round"]
+    return found
+
+
+def released_hash(events: Sequence[Event]) -> str | None:
+    """Hash of the model that is handed out."""
+    told = [event for event in events if event["event"] in ("round", "selected") and event["round"] > 0]
+    return told[-1].get("released", told[-1]["model_hash"]) if told else None
+
+
 def run_state(events: Sequence[Event]) -> RunState:
     """How the run stands by what was told last; whether a process still works on it, a journal cannot know."""
     told = (_STATES[str(event["event"])] for event in reversed(events) if str(event["event"]) in _STATES)
@@ -66,7 +81,7 @@ def history(events: Sequence[Event]) -> list[dict[str, Any]]:
 def absences(events: Iterable[Event], site: str) -> dict[str, Any]:
     """The committed rounds without a site: those it was absent from, and those whose update was rejected."""
     rounds = committed_rounds(events)
-    return {
+    found: dict[str, Any] = {
         "absent_rounds": [event["round"] for event in rounds if site in event.get("absent", [])],
         "rejected_rounds": [
             {"round": event["round"], "reason": event["rejected"][site]}
@@ -74,6 +89,9 @@ def absences(events: Iterable[Event], site: str) -> dict[str, Any]:
             if site in event.get("rejected", {})
         ],
     }
+    # A site whose third rejection suspends it was asked in that round.
+    suspended = [e["round"] for e in rounds if site in e.get("suspended", []) and site not in e.get("suspends", [])]
+    return found | ({"suspended_rounds": suspended} if suspended else {})
 
 
 def traffic(events: Iterable[Event]) -> dict[str, int]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
+from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
@@ -15,6 +19,7 @@ from client.contract import (
     ContractError,
     Presence,
     Scores,
+    TrainTask,
     Update,
     array_bytes,
     arrays_from_wire,
@@ -22,6 +27,11 @@ from client.contract import (
     from_wire,
 )
 from medsegdiff.weights import hash_weights
+from server.config import ScreeningConfig
+
+# AdamW's step is the rate times m / sqrt(v), with betas b1 and b2 at most (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) by
+# Cauchy's inequality: 2.35 for the sites' 0.9 and 0.99. The rest is for weight decay.
+STEP_BOUND = 2.6
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Expected:
     enrolled: int  # training patients on the roster: the largest weight the site may claim
     shapes: Mapping[str, tuple[int, ...]]
     targets: tuple[str, ...]  # what scores may be reported of
+    largest_norm: float | None = None  # most that the update's 2-norm may be; None: any
     key: str | None = None  # enrolled Ed25519 key (hex) that must have signed; None: a virtual site
 
 
@@ -46,6 +57,7 @@ class Accepted:
     update: Update
     delta: dict[str, Tensor]
     bytes: int
+    norm: float  # 2-norm over all weights
 
 
 @dataclass(frozen=True)
@@ -72,9 +84,39 @@ def screen_update(message: Message, expected: Expected) -> Accepted | Rejection:
         delta = arrays_from_wire(record, expected.shapes)
         if hash_weights(delta) != update.delta_hash:
             raise ContractError("its arrays are not the ones that were signed (their hash differs)")
-        return Accepted(update, delta, array_bytes(record))
+        norm = update_norm(delta)
+        if expected.largest_norm is not None and not norm <= expected.largest_norm:
+            raise ContractError(f"its norm is {norm:.3g}, at most {expected.largest_norm:.3g} is taken in this round")
+        return Accepted(update, delta, array_bytes(record), norm)
     except Exception as error:  # whatever a site sends must not end the run of the others
         return Rejection(expected.site, short_reason(error))
+
+
+def update_norm(delta: Mapping[str, Tensor]) -> float:
+    """2-norm over all weights, summed in float64; inf beyond its range."""
+    norms = (float(torch.linalg.vector_norm(value, dtype=torch.float64)) for value in delta.values())
+    return math.sqrt(math.fsum(norm**2 for norm in norms))
+
+
+def largest_norm(config: ScreeningConfig, before: Mapping[str, Any], task: TrainTask, weights: int) -> float | None:
+    """The largest norm that an update of a round may have; None: any.
+
+    Later rounds: `norm_factor` times the median norm of the updates that made the round before. The first:
+    `first_norm`, by default what AdamW can move that many weights in a round's steps, which no honest site exceeds.
+
+    Args:
+        before: record of the last committed round.
+        weights: how many numbers an update has.
+    """
+    if config.norm_factor is None:
+        return None
+    norms = [float(row["norm"]) for row in before.get("accepted", {}).values() if "norm" in row]
+    if norms and (middle := median(norms)) > 0:
+        return config.norm_factor * middle
+    if config.first_norm is not None:
+        return config.first_norm
+    rate = task.training.learning_rate
+    return STEP_BOUND * rate * task.local_steps * math.sqrt(weights)
 
 
 def screen_scores(message: Message, expected: Expected) -> Scores | Rejection:

@@ -2,7 +2,8 @@
 
 Flower's loop keeps every reply of a round in memory and cannot resume. This one pulls one reply at a time, screens it,
 folds it into the fixed-point sum and frees it; a round is committed by its checkpoint before anything else happens.
-FedAvg: McMahan et al. 2017, algorithm 1. FedProx (Li et al. 2020) differs at the sites alone (`TrainTask.proximal_mu`).
+What is made of a round's updates: robust.py (the rule), optimizers.py (the step). FedProx (Li et al. 2020) differs at
+the sites alone (`TrainTask.proximal_mu`).
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from torch import Tensor
 
-from client.contract import Assignment, Scores, arrays_from_wire, arrays_to_wire, to_wire
+from client.contract import Assignment, Scores, Update, arrays_from_wire, arrays_to_wire, to_wire
 from medsegdiff.errors import UserError
 from medsegdiff.labels import LabelScheme
 from medsegdiff.progress import Progress, report
 from medsegdiff.weights import hash_weights, weight_shapes
-from server.aggregation import AggregationOverflow, FixedPointSum, apply_update
-from server.checkpoints import Checkpoint, CheckpointStore
+from server.aggregation import AggregationOverflow
+from server.checkpoints import AVERAGE, Checkpoint, CheckpointStore
 from server.config import RunPlan
 from server.exchange import Exchange, Records
 from server.grid import BoundedGrid
 from server.journal import Journal
 from server.membership import Membership
-from server.screening import Accepted, Expected, Rejection, screen_scores, screen_update
+from server.optimizers import server_step
+from server.records import missing_reasons, told_scores, told_update
+from server.robust import CENTRE, SPILL, Aggregate, open_aggregate
+from server.screening import Accepted, Expected, Rejection, largest_norm, screen_scores, screen_update
+from server.selection import ends_with, select
+from server.strikes import strikes_record, suspend_sites, suspended_in
 
 log = logging.getLogger("medsegfed.server")
 
@@ -59,8 +64,8 @@ class FederatedAveraging(Strategy):
         self.membership = membership
         self.stopped = stopped
         self.shapes = weight_shapes(plan.task.model)
-        self.weights: dict[str, Tensor] = {}
-        self.model_hash = ""
+        self.committed = Checkpoint(plan.run_id, 0, {}, {"model_hash": ""})  # the round that the next one starts from
+        self.chosen = self.committed  # the round whose model is handed out
         self.exchange: Exchange | None = None  # conversations over the grid of `start`
         self._round = 0  # the round at hand
         self._usable = 0  # updates folded in it
@@ -89,16 +94,23 @@ class FederatedAveraging(Strategy):
         first = self._restore(initial_arrays)
         bounded = BoundedGrid.over(grid, 4 * sum(math.prod(shape) for shape in self.shapes.values()))
         self.exchange = Exchange(bounded, self.plan, self.journal, self.membership, self.stopped)
+        self._suspend()
         result = Result()
         for round_ in range(first, num_rounds + 1):
             if round_ > first:
                 self._round, self._usable, self._rejected = round_, 0, set()
                 self.aggregate_train(round_, self._train(round_))
-            if self._due(round_) and self.journal.last("scores", round=round_, model_hash=self.model_hash) is None:
+            if (
+                self._due(round_)
+                and self.journal.last("scores", round=round_, model_hash=self.committed.released_hash) is None
+            ):
                 metrics = self.aggregate_evaluate(round_, self._evaluate(round_))
                 if metrics is not None:
                     result.evaluate_metrics_clientapp[round_] = metrics
-        result.arrays = arrays_to_wire(self.weights)
+            if self._due(round_) and ends_with(round_, self.plan, self.store, self.journal):
+                break
+        self.chosen = select(self.committed, self.plan, self.store, self.journal)
+        result.arrays = arrays_to_wire(self.chosen.released)
         return result
 
     def _restore(self, initial_arrays: ArrayRecord) -> int:
@@ -114,7 +126,7 @@ class FederatedAveraging(Strategy):
             done = {"run": self.plan.run_id, "round": checkpoint.round}
             if not self.membership.has("committed", **done):
                 self._note_commit(checkpoint.record)
-        self.weights, self.model_hash = checkpoint.weights, hash_weights(checkpoint.weights)
+        self.committed = checkpoint
         return checkpoint.round
 
     def _sites_before(self, round_: int) -> set[str]:
@@ -131,13 +143,19 @@ class FederatedAveraging(Strategy):
     def _train(self, round_: int) -> Iterator[tuple[str, Message]]:
         assert self.exchange is not None
         return self.exchange.ask(
-            MessageType.TRAIN, round_, lambda: self._records(round_), self._enough, self.plan.absence_seconds
+            MessageType.TRAIN,
+            round_,
+            lambda: self._records(MessageType.TRAIN, round_),
+            self._enough,
+            self.plan.absence_seconds,
         )
 
     def _evaluate(self, round_: int) -> Iterator[tuple[str, Message]]:
         """Scores of whoever is there: nobody is waited for."""
         assert self.exchange is not None
-        return self.exchange.ask(MessageType.EVALUATE, round_, lambda: self._records(round_), lambda: True, 0.0)
+        return self.exchange.ask(
+            MessageType.EVALUATE, round_, lambda: self._records(MessageType.EVALUATE, round_), lambda: True, 0.0
+        )
 
     def _enough(self) -> bool:
         return self._usable >= self._required(self._round)
@@ -153,7 +171,7 @@ class FederatedAveraging(Strategy):
         if self.plan.quorum is not None or self.membership is None or self.exchange is None:
             return self.plan.required
         counting = (site for site in self.plan.roster if site not in self._rejected)
-        return max(1, sum(self.exchange.is_member(site) for site in counting))
+        return max(self.plan.strategy.least_updates, sum(self.exchange.is_member(site) for site in counting))
 
     # --- Flower's interface -------------------------------------------------------------------------------------------
 
@@ -177,48 +195,58 @@ class FederatedAveraging(Strategy):
         Raises:
             UserError: fewer usable updates than the quorum; the last committed round stays.
         """
-        total = FixedPointSum(self.shapes)
+        aggregate = open_aggregate(self.plan.strategy, self.shapes, self.store.folder.parent / SPILL)
+        try:
+            return self._aggregate(server_round, replies, aggregate)
+        finally:
+            aggregate.close()
+
+    def _aggregate(
+        self, round_: int, replies: Iterable[Any], aggregate: Aggregate
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         accepted: dict[str, dict[str, Any]] = {}
         rejected: dict[str, str] = {}
         received = 0
-        before = self._sites_before(server_round)
+        before = self._sites_before(round_)
         for site, reply in replies:
             if before and site not in before:
                 continue
-            outcome = screen_update(reply, self._expected(site, server_round))
+            outcome = screen_update(reply, self._expected(site, round_, self._model_hash))
             if isinstance(outcome, Accepted):
-                outcome = self._fold(total, outcome)
+                outcome = self._fold(aggregate, outcome)
             if isinstance(outcome, Rejection):
                 rejected[site] = outcome.reason
                 self._rejected.add(site)
-                self._reject(server_round, outcome)
+                self._reject(round_, outcome)
                 continue
-            update = outcome.update
             self._usable += 1
+            update: Update = outcome.update
             said = {"patients": update.patients, "delta": update.delta_hash, "decision": "accepted"}
-            self._note("update", server_round, site, **said)
-            accepted[site] = {"patients": update.patients, "loss": update.loss, "seconds": update.seconds}
+            self._note("update", round_, site, **said)
+            accepted[site] = told_update(update, outcome.norm)
             received += outcome.bytes
-        absent = [site for site in self.plan.roster if site not in accepted and site not in rejected]
-        if len(accepted) < self._required(server_round):
-            raise self._below_quorum(server_round, accepted, rejected, absent)
+        out = suspended_in(self.committed.record)
+        absent = [site for site in self.plan.roster if site not in {*accepted, *rejected, *out}]
+        if len(accepted) < self._required(round_):
+            raise self._below_quorum(round_, accepted, rejected, absent)
         sent = 4 * sum(math.prod(shape) for shape in self.shapes.values()) * (len(accepted) + len(rejected))
-        self._commit(server_round, total, accepted, rejected, absent, {"up": received, "down": sent})
-        mean_loss = math.fsum(a["patients"] * a["loss"] for a in accepted.values()) / total.total
-        report(Progress("round", server_round, self.plan.task.rounds, round=server_round, loss=mean_loss))
-        return arrays_to_wire(self.weights), MetricRecord({"loss": mean_loss})
+        self._commit(round_, aggregate, accepted, rejected, absent, {"up": received, "down": sent})
+        patients = sum(row["patients"] for row in accepted.values())
+        mean_loss = math.fsum(row["patients"] * row["loss"] for row in accepted.values()) / patients
+        report(Progress("round", round_, self.plan.task.rounds, round=round_, loss=mean_loss))
+        return arrays_to_wire(self.committed.weights), MetricRecord({"loss": mean_loss})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Any]) -> MetricRecord | None:
         """Collect every site's averages; returns the mean Dice over sites."""
         scores: dict[str, Scores] = {}
         for site, reply in replies:
-            outcome = screen_scores(reply, self._expected(site, server_round))
+            outcome = screen_scores(reply, self._expected(site, server_round, self.committed.released_hash))
             if isinstance(outcome, Rejection):
                 self._reject(server_round, outcome)
             else:
                 scores[site] = outcome
-        told = {site: _told(scores[site]) for site in self.plan.roster if site in scores}
-        self.journal.append("scores", round=server_round, model_hash=self.model_hash, sites=told)
+        told = {site: told_scores(scores[site]) for site in self.plan.roster if site in scores}
+        self.journal.append("scores", round=server_round, model_hash=self.committed.released_hash, sites=told)
         dice = [s.dice for s in scores.values() if s.dice is not None]
         if not dice:
             return None
@@ -235,15 +263,22 @@ class FederatedAveraging(Strategy):
 
     # --- one round ----------------------------------------------------------------------------------------------------
 
-    def _records(self, round_: int) -> Records:
+    def _records(self, kind: str, round_: int) -> Records:
         """What a round's question holds: one set for all sites, so that many sites do not multiply the model."""
+        scoring = kind == MessageType.EVALUATE
+        identity = self.committed.released_hash if scoring else self._model_hash
+        weights = self.committed.released if scoring else self.committed.weights
         return {
-            "assignment": to_wire(Assignment(self.plan.run_id, round_, self.model_hash)),
-            "weights": arrays_to_wire(self.weights),
+            "assignment": to_wire(Assignment(self.plan.run_id, round_, identity)),
+            "weights": arrays_to_wire(weights),
         }
 
+    @property
+    def _model_hash(self) -> str:
+        return str(self.committed.record["model_hash"])
+
     def _messages(self, kind: str, round_: int) -> list[Message]:
-        records = {"task": to_wire(self.plan.task), **self._records(round_)}
+        records = {"task": to_wire(self.plan.task), **self._records(kind, round_)}
         sites = self.exchange.sites if self.exchange is not None else {}
         return [
             Message(RecordDict({**records}), node, kind, group_id=str(round_))
@@ -264,16 +299,26 @@ class FederatedAveraging(Strategy):
     def _key_of(self, site: str) -> str | None:
         return self.exchange.key_of(site) if self.exchange is not None else None
 
-    def _expected(self, site: str, round_: int) -> Expected:
-        plan, targets = self.plan, LabelScheme.of(self.plan.task.dataset).targets
-        steps, enrolled = plan.task.local_steps, plan.roster[site]
-        key = self._key_of(site)
-        return Expected(site, plan.run_id, round_, self.model_hash, steps, enrolled, self.shapes, targets, key)
+    def _expected(self, site: str, round_: int, model_hash: str) -> Expected:
+        plan = self.plan
+        weights = sum(math.prod(shape) for shape in self.shapes.values())
+        return Expected(
+            site=site,
+            run=plan.run_id,
+            round=round_,
+            model_hash=model_hash,
+            steps=plan.task.local_steps,
+            enrolled=plan.roster[site],
+            shapes=self.shapes,
+            targets=LabelScheme.of(plan.task.dataset).targets,
+            largest_norm=largest_norm(plan.screening, self.committed.record, plan.task, weights),
+            key=self._key_of(site),
+        )
 
     @staticmethod
-    def _fold(total: FixedPointSum, outcome: Accepted) -> Accepted | Rejection:
+    def _fold(aggregate: Aggregate, outcome: Accepted) -> Accepted | Rejection:
         try:
-            total.add(outcome.delta, outcome.update.patients)
+            aggregate.add(outcome.update.site, outcome.delta, outcome.update.patients)
         except AggregationOverflow as error:
             return Rejection(outcome.update.site, str(error))
         return outcome
@@ -281,13 +326,17 @@ class FederatedAveraging(Strategy):
     def _commit(
         self,
         round_: int,
-        total: FixedPointSum,
+        aggregate: Aggregate,
         accepted: dict[str, dict[str, Any]],
         rejected: dict[str, str],
         absent: list[str],
         moved: dict[str, int],
     ) -> None:
-        weights = apply_update(self.weights, total.mean())
+        last = self.committed
+        change = aggregate.result(last.state.get(CENTRE, {}))
+        weights, state = server_step(self.plan.strategy, last.weights, change, last.state, round_)
+        if self.plan.strategy.rule == "centred_clip":
+            state[CENTRE] = change
         record: dict[str, Any] = {
             "round": round_,
             "model_hash": hash_weights(weights),
@@ -296,6 +345,8 @@ class FederatedAveraging(Strategy):
             "absent": absent,
             "bytes": moved,
         }
+        if self.plan.strategy.ema > 0:
+            record["released"] = hash_weights(state[AVERAGE])
         before = self.journal.last("round", round=round_)
         if before is not None and before["model_hash"] != record["model_hash"]:
             raise UserError(
@@ -303,11 +354,21 @@ class FederatedAveraging(Strategy):
                 f"was damaged, it comes out as {record['model_hash'][:12]}, and later rounds stand on the first. "
                 "Restore the run's checkpoints from a backup, or start a new run."
             )
-        self.store.save(Checkpoint(self.plan.run_id, round_, weights, record))
-        self.weights, self.model_hash = weights, record["model_hash"]
+        most, simulated = self.plan.screening.strikes, self.membership is None
+        record |= strikes_record(last.record, accepted, rejected, most, simulated, before)
+        checkpoint = Checkpoint(self.plan.run_id, round_, weights, record, state)
+        self.store.save(checkpoint)
+        self.committed = checkpoint
         self.journal.append("round", **record)
         if self.membership is not None:
             self._note_commit(record)
+        self._suspend()
+
+    def _suspend(self) -> None:
+        record = self.committed.record
+        suspend_sites(record, self.plan.run_id, self.plan.screening.strikes, self.journal, self.membership)
+        if self.exchange is not None:
+            self.exchange.suspended = set(suspended_in(record))
 
     def _note_commit(self, record: dict[str, Any]) -> None:
         assert self.membership is not None
@@ -328,28 +389,13 @@ class FederatedAveraging(Strategy):
     def _below_quorum(
         self, round_: int, accepted: dict[str, Any], rejected: dict[str, str], absent: list[str]
     ) -> UserError:
-        reasons = [f"{site} was rejected ({reason})" for site, reason in sorted(rejected.items())]
         asked = set(self.exchange.sites.values()) if self.exchange is not None else set()
-        reasons += [
-            f"{site} did not answer within {self.plan.deadline_seconds:g} s"
-            if site in asked
-            else f"{site} did not introduce itself, its own log says why"
-            for site in absent
-        ]
+        reasons = missing_reasons(
+            rejected, absent, suspended_in(self.committed.record), asked, self.plan.deadline_seconds
+        )
         self.journal.append("below_quorum", round=round_, accepted=sorted(accepted), rejected=rejected, absent=absent)
         return UserError(
             f"round {round_}: {len(accepted)} of {len(self.plan.roster)} sites gave a usable update, the quorum is "
             f"{self._required(round_)}: {'; '.join(reasons)}. Rounds up to {round_ - 1} are kept. Mend the sites and"
             f" go on with {self._again}, or lower run.quorum."
         )
-
-
-def _told(scores: Scores) -> dict[str, Any]:
-    return {
-        "patients": scores.patients,
-        "dice": scores.dice,
-        "dice_by_target": scores.dice_by_target,
-        "hd95_mm": scores.hd95_mm,
-        "hd95_undefined": scores.hd95_undefined,
-        "seconds": scores.seconds,
-    }

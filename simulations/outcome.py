@@ -22,9 +22,9 @@ from medsegdiff.metrics import dice, majority
 from medsegdiff.weights import Segmenter, build, hash_weights
 from server.config import RunPlan
 from server.journal import Event, Journal
-from server.outcome import arm_score, describe_run, seconds_row
+from server.outcome import arm_score, describe_run, seconds_row, selection_notes
 from server.report import Example, write_report
-from server.rounds import absences, history, site_seconds, traffic, working_seconds
+from server.rounds import absences, history, released_round, site_seconds, traffic, working_seconds
 from server.summary import hardware, software
 from simulations.recipe import Recipe
 
@@ -80,7 +80,7 @@ def write_outcome(
     """
     journal = Journal(folder / "journal.jsonl")
     events = journal.events
-    last = journal.last("scores", round=plan.task.rounds)
+    last = journal.last("scores", round=released_round(events))
     scores = {"federated": last["sites"] if last else {}, **models}
     segmenter = build(plan.task.card, weights)
     examples = example_cases(segmenter, sites, plan.task)
@@ -90,7 +90,7 @@ def write_outcome(
         "sites": {name: _site_row(name, site, plan, scores, events) for name, site in sites.items()},
         "history": history(events),
         "cross_site": _cross_site(scores, sites),
-        "notes": _notes(recipe),
+        "notes": [*_notes(recipe), *selection_notes(plan, events)],
         "software": software(),
         "hardware": hardware(plan.task.threads),
         "seconds": _seconds(events, models, arm_seconds),
@@ -153,7 +153,8 @@ def _notes(recipe: Recipe) -> list[str]:
         notes.append(
             "The dataset was split into hospitals artificially; real hospitals differ more than these sites do."
         )
-    notes.append("Nothing was selected on held-out patients: the model of the last round is scored as it is.")
+    if recipe.run.selection.by == "last":
+        notes.append("Nothing was selected on held-out patients: the model of the last round is scored as it is.")
     return notes
 
 

@@ -39,7 +39,7 @@ def delta_of(site: str, round_: int, task: TrainTask) -> dict[str, Tensor]:
     """What a fake site answers in a round."""
     seed = int.from_bytes(hashlib.sha256(f"{site}|{round_}".encode()).digest()[:4], "big")
     generator = torch.Generator().manual_seed(seed)
-    return {name: 0.01 * torch.randn(shape, generator=generator) for name, shape in weight_shapes(task.model).items()}
+    return {name: 1e-3 * torch.randn(shape, generator=generator) for name, shape in weight_shapes(task.model).items()}
 
 
 class FakeSites:

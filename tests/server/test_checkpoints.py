@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,55 @@ def test_a_full_disk_keeps_the_rounds_there_are(store, monkeypatch) -> None:
             store.save(checkpoint(5))
     assert store.latest(RUN).round == 4
     assert len(list(store.folder.iterdir())) == 3
+
+
+def with_memory(number: int) -> Checkpoint:
+    memory = {part: {"w": torch.full((2, 3), value), "b": torch.zeros(3)} for part, value in (("m", 0.5), ("v", 2.0))}
+    return replace(checkpoint(number), state=memory)
+
+
+def test_the_optimizers_memory_is_read_back_with_its_round(store) -> None:
+    """Part by part, bit for bit; rounds without one, as older versions wrote them, have none."""
+    assert store.latest(RUN).state == {}
+    store.save(with_memory(5))
+    found = store.latest(RUN)
+    assert {part: sorted(tensors) for part, tensors in found.state.items()} == {"m": ["b", "w"], "v": ["b", "w"]}
+    assert hash_weights(found.weights) == hash_weights(checkpoint(5).weights)
+    for part, tensors in with_memory(5).state.items():
+        assert hash_weights(found.state[part]) == hash_weights(tensors)
+
+
+def test_no_flipped_bit_of_the_memory_goes_unnoticed(store) -> None:
+    """A bit in each byte of a round with memory: the round before is used, or nothing has changed."""
+    store.save(with_memory(5))
+    path = newest(store)
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        spoiled = bytearray(whole)
+        spoiled[position] ^= 1 << (position % 8)
+        path.write_bytes(spoiled)
+        found = store.latest(RUN)
+        if found.round == 5:
+            assert hash_weights(found.weights) == hash_weights(checkpoint(5).weights), position
+            assert {p: hash_weights(t) for p, t in found.state.items()} == {
+                p: hash_weights(t) for p, t in with_memory(5).state.items()
+            }, position
+        else:
+            assert found.round == 4
+
+
+def test_the_best_round_is_put_aside(store, caplog) -> None:
+    """It outlives the three that are kept; another takes its place; damaged, or of another run, there is none."""
+    assert store.best(RUN) is None
+    store.keep(3)
+    for number in (5, 6, 7):
+        store.save(checkpoint(number))
+    assert (store.best(RUN).round, store.best(RUN).record) == (3, checkpoint(3).record)
+    assert store.latest(RUN).round == 7
+    store.keep(7)
+    assert store.best(RUN).round == 7
+    assert store.best("run-2") is None
+    path = store.folder / "best.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.best(RUN) is None
+    assert "best.safetensors" in caplog.text

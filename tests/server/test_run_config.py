@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import replace
 
@@ -9,9 +11,17 @@ import pytest
 
 from medsegdiff.config import preset
 from medsegdiff.errors import UserError
-from medsegdiff.strict import dump_yaml, parse_config, read_config
+from medsegdiff.strict import dump_yaml, parse_config, plain, read_config
 from medsegdiff.weights import weight_shapes
-from server.config import ModelChoice, RunPlan, RunRequest, StrategyConfig, make_plan
+from server.config import (
+    ModelChoice,
+    RunPlan,
+    RunRequest,
+    ScreeningConfig,
+    SelectionConfig,
+    StrategyConfig,
+    make_plan,
+)
 
 REQUEST = {"rounds": 2, "local_steps": 3}
 
@@ -32,6 +42,12 @@ REQUEST = {"rounds": 2, "local_steps": 3}
         ({"strategy": {"name": "fedprox"}}, "strategy: proximal_mu is 0.0 with fedprox"),
         ({"strategy": {"name": "fedavg", "proximal_mu": 0.1}}, "fedavg needs 0"),
         ({"strategy": {"name": "fedsgd"}}, "strategy.name"),
+        ({"strategy": {"name": "fedadam", "beta_1": 1.0}}, "beta_1 must lie in [0, 1), found 1.0"),
+        ({"strategy": {"tau": 0.0}}, "tau must lie in (0, 1000000), found 0.0"),
+        ({"strategy": {"rule": "median", "weighting": "examples"}}, "one large site could be a majority of its own"),
+        ({"screening": {"norm_factor": 0.5}}, "norm_factor must be at least 1, found 0.5"),
+        ({"screening": {"strikes": 0}}, "strikes must lie in 1..1000, found 0"),
+        ({"selection": {"patience": 3}}, "patience needs `by: mean` or `by: worst`"),
         ({"rounds": "many"}, "rounds"),
         ({"training": {"learning_rate": -1}}, "training: learning_rate must lie in"),
     ],
@@ -104,3 +120,43 @@ def test_answers_of_a_large_model_come_in_waves(tiny_task) -> None:
     assert replace(large, wave=3).run_id == large.run_id
     with pytest.raises(ValueError, match="wave must be at least 1"):
         replace(plan, wave=0)
+
+
+def test_a_run_from_before_a_setting_existed_keeps_its_identity(tiny_task) -> None:
+    """Its run.yaml knows name and proximal_mu alone; read today it has the id it had, and its checkpoints are its."""
+    plan = plan_of(tiny_task)
+    old = plain(replace(plan, engine="any", quorum=None, deadline_seconds=3600.0, absence_seconds=120.0))
+    old["strategy"] = {"name": "fedavg", "proximal_mu": 0.0}
+    del old["screening"], old["selection"], old["wave"]
+    due = hashlib.sha256(json.dumps(old, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()[:12]
+    read = parse_config(old | {"engine": "network"}, RunPlan, "run.yaml")
+    assert read.run_id == plan.run_id == f"{plan.name}-{due}"
+
+
+def test_what_changes_the_model_changes_the_run_id(tiny_task) -> None:
+    """Each new setting that is not at its default."""
+    changed = [
+        {"strategy": StrategyConfig("fedadam")},
+        {"strategy": StrategyConfig("fedadam", tau=0.1)},
+        {"strategy": StrategyConfig(ema=0.5)},
+        {"strategy": StrategyConfig(weighting="equal")},
+        {"strategy": StrategyConfig(rule="median")},
+        {"strategy": StrategyConfig(rule="norm_clip", clip_norm=2.0)},
+        {"screening": ScreeningConfig(norm_factor=None)},
+        {"screening": ScreeningConfig(strikes=1)},
+        {"selection": SelectionConfig("mean")},
+        {"selection": SelectionConfig("mean", patience=2)},
+    ]
+    three = {"alder": 3, "birch": 2, "elm": 1}
+    ids = {plan_of(tiny_task, roster=three, **change).run_id for change in [{}, *changed]}
+    assert len(ids) == len(changed) + 1
+
+
+def test_a_rule_needs_its_sites(tiny_task) -> None:
+    """Three sites suffice for a median that bears one, not for two, nor for Krum; no quorum is below the need."""
+    three = {"alder": 3, "birch": 2, "elm": 1}
+    assert plan_of(tiny_task, roster=three, strategy=StrategyConfig(rule="median"), quorum=1).required == 3
+    with pytest.raises(ValueError, match="rule median with byzantine 2 needs at least 5 sites, the run has 3"):
+        plan_of(tiny_task, roster=three, strategy=StrategyConfig(rule="median", byzantine=2))
+    with pytest.raises(ValueError, match="multi_krum with byzantine 1 needs at least 5"):
+        plan_of(tiny_task, roster=three, strategy=StrategyConfig(rule="multi_krum"))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from fake_sites import SMALLEST
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
@@ -28,16 +29,24 @@ from client.contract import (
     sign,
     to_wire,
 )
+from medsegdiff.config import DiffusionConfig, TrainingConfig
+from medsegdiff.diffusion import Diffusion
+from medsegdiff.network import MedSegDiff
 from medsegdiff.strict import plain
+from medsegdiff.training import Trainer
 from medsegdiff.weights import hash_weights
+from server.config import ScreeningConfig
 from server.screening import (
+    STEP_BOUND,
     Accepted,
     Expected,
     Rejection,
+    largest_norm,
     refusal_of,
     screen_presence,
     screen_scores,
     screen_update,
+    update_norm,
 )
 
 HASH = "a" * 64
@@ -76,6 +85,58 @@ def test_a_good_update_is_accepted() -> None:
 def test_the_whole_enrolment_may_be_claimed() -> None:
     """The bound itself is inside: 1 and all enrolled patients."""
     assert all(isinstance(screen_update(update_reply(patients=n), EXPECTED), Accepted) for n in (1, 10))
+
+
+def test_the_norm_is_over_all_weights_and_the_limit_itself_is_inside() -> None:
+    """sqrt(6) for six ones; at the limit accepted, below it named with both numbers."""
+    found = screen_update(update_reply(), replace(EXPECTED, largest_norm=math.sqrt(6)))
+    assert isinstance(found, Accepted)
+    assert found.norm == pytest.approx(math.sqrt(6), rel=1e-12)
+    outcome = screen_update(update_reply(), replace(EXPECTED, largest_norm=2.4))
+    assert isinstance(outcome, Rejection)
+    assert outcome.reason == "its norm is 2.45, at most 2.4 is taken in this round"
+
+
+def test_the_norm_of_huge_and_tiny_values_is_right() -> None:
+    """Values whose float32 squares would overflow or vanish."""
+    for value in (3e38, 1e-30):
+        assert update_norm({"w": torch.full((4,), value)}) == pytest.approx(2 * value, rel=1e-6)
+
+
+def test_the_limit_follows_the_last_committed_round(tiny_task) -> None:
+    """Factor times median; a round without norms (of an older version), or of zeros, falls back to round one's."""
+    record = {"accepted": {name: {"norm": norm} for name, norm in (("a", 1.0), ("b", 3.0), ("c", 900.0))}}
+    config = ScreeningConfig(norm_factor=4.0, first_norm=7.0)
+    assert largest_norm(config, record, tiny_task, 100) == 12.0
+    for empty in ({}, {"accepted": {"a": {"patients": 3}}}, {"accepted": {"a": {"norm": 0.0}}}):
+        assert largest_norm(config, empty, tiny_task, 100) == 7.0
+    assert largest_norm(replace(config, norm_factor=None), record, tiny_task, 100) is None
+
+
+@pytest.mark.parametrize("kind", ["constant", "growing", "first large"])
+def test_no_training_exceeds_the_first_rounds_limit(tiny_task, kind) -> None:
+    """Real AdamW with the sites' betas on gradients made to move it far; the derived limit holds, and is no more than
+    three times what the worst of them reaches."""
+    steps, size, rate = 400, 50, tiny_task.training.learning_rate
+    weights = torch.nn.Parameter(torch.zeros(size))
+    optimizer = torch.optim.AdamW([weights], lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    for step in range(steps):
+        size_now = {"constant": 1.0, "growing": 1.1**step, "first large": 1e3 if step == 0 else 1.0}[kind]
+        weights.grad = torch.full((size,), float(size_now))
+        optimizer.step()
+    moved = update_norm({"w": weights.detach()})
+    limit = largest_norm(ScreeningConfig(), {}, replace(tiny_task, local_steps=steps), size)
+    assert moved <= limit
+    assert moved > limit / 3 or kind == "first large"
+
+
+def test_the_sites_train_with_the_betas_that_the_limit_is_derived_for() -> None:
+    """A Trainer's own optimizer; another one needs another bound."""
+    network = MedSegDiff(SMALLEST)
+    trainer = Trainer(network, Diffusion(DiffusionConfig()), None, TrainingConfig(), 10, 0)  # type: ignore[arg-type]
+    b1, b2 = trainer.optimizer.param_groups[0]["betas"]
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    assert 2.3 < (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2)) < STEP_BOUND
 
 
 NAN = np.array([0, math.nan, *[0] * 7], "<f4").tobytes()

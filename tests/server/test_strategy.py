@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from fake_sites import FakeSites, delta_of, on, put, run, say
 from flwr.app import Error, Message, MessageType, RecordDict
 from torch import Tensor
 
+from client.contract import arrays_to_wire
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
 from medsegdiff.weights import hash_weights, initial_weights, load_model
 from server.checkpoints import CheckpointStore
-from server.config import RunPlan
+from server.config import RunPlan, ScreeningConfig, SelectionConfig, StrategyConfig
 from server.journal import Journal
 
 ALL = {"alder": 3, "birch": 2, "elm": 1}
@@ -75,7 +77,8 @@ BAD = {
     "too many patients": (say(patients=3), "claims 3 training patients, 2 are enrolled"),
     "NaN": (put(math.nan), "not finite"),
     "an extra array": (put(0.0, "x"), "it holds 2 arrays"),
-    "an overflow": (put(3e38), "exceeds the fixed-point range"),
+    "an overflow": (put(3e38), "is taken in this round"),
+    "a change too large": (put(0.1), "is taken in this round"),
     "an endless loss": (say(loss=1e308), "loss must lie in"),
     "nothing": (lambda content: RecordDict(), "holds the records []"),
 }
@@ -228,6 +231,164 @@ def test_a_repeated_round_that_comes_out_otherwise_is_not_committed(make_run) ->
     run(folder)
     damage_newest(folder, 1)
     with pytest.raises(UserError, match="it comes out as"):
-        run(folder, {"birch": on(MessageType.TRAIN, put(0.25))})
+        run(folder, {"birch": on(MessageType.TRAIN, put(1e-3))})
     assert len(events(folder, "round")) == 3
     assert CheckpointStore(folder / "checkpoints").latest(plan_of(folder).run_id).round == 1
+
+
+TOO_LARGE = {"birch": on(MessageType.TRAIN, put(0.1))}  # its norm is twenty times what round one takes
+
+
+def test_a_site_rejected_three_times_in_a_row_is_suspended(make_run) -> None:
+    """birch is asked in rounds 1 to 3, then no more; a restart forgets nothing; journal and record name it once."""
+    folder = make_run(quorum=2, task={"rounds": 5})
+    sites = run(folder, TOO_LARGE)
+    assert [site for site, kind in sites.asked if kind == MessageType.TRAIN].count("birch") == 3
+    assert [(e["round"], e["site"], e["strikes"]) for e in events(folder, "suspended")] == [(3, "birch", 3)]
+    rounds = events(folder, "round")
+    assert [e.get("strikes", {}) for e in rounds] == [{}, {"birch": 1}, {"birch": 2}, {}, {}, {}]
+    assert [e.get("suspended", []) for e in rounds] == [[], [], [], ["birch"], ["birch"], ["birch"]]
+    assert [e["absent"] for e in rounds[1:]] == [[]] * 5
+    whole = (folder / "model.safetensors").read_bytes()
+    damage_newest(folder, 1)
+    again = run(folder, TOO_LARGE)
+    assert "birch" not in {site for site, kind in again.asked if kind != MessageType.QUERY}
+    assert (folder / "model.safetensors").read_bytes() == whole
+    assert len(events(folder, "suspended")) == 1
+
+
+def test_an_accepted_update_wipes_the_strikes_out(make_run) -> None:
+    """Two bad rounds, a good one, two bad ones: never three in a row."""
+    bad = on(MessageType.TRAIN, put(0.1))
+
+    def but_in_round_three(question: Message, good: Message) -> Message:
+        return good if question.metadata.group_id == "3" else bad(question, good)
+
+    folder = make_run(quorum=2, task={"rounds": 5})
+    run(folder, {"birch": but_in_round_three})
+    assert [e.get("strikes", {}) for e in events(folder, "round")][1:] == [
+        {"birch": 1}, {"birch": 2}, {}, {"birch": 1}, {"birch": 2}
+    ]  # fmt: skip
+    assert not events(folder, "suspended")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_repeated_round_strikes_as_it_did(make_run, number) -> None:
+    """The rounds after which birch is suspended are repeated: counts and suspension come out the same, told once."""
+    folder = make_run(quorum=2, task={"rounds": 3})
+    run(folder, TOO_LARGE)
+    before = events(folder, "round")
+    damage_newest(folder, number)
+    run(folder, TOO_LARGE)
+    for event in events(folder, "round")[len(before) :]:
+        first = next(e for e in before if e["round"] == event["round"])
+        for key in ("model_hash", "strikes", "suspends", "suspended"):
+            assert event.get(key) == first.get(key)
+    assert len(events(folder, "suspended")) == 1
+
+
+def test_the_norm_limit_comes_from_the_last_committed_round(make_run) -> None:
+    """Twice the median of the round before: a fourfold update passes in round one and is out in round two, the same
+    after a restart between the two."""
+
+    def fourfold(content: RecordDict) -> RecordDict:
+        delta = {name: 4 * value for name, value in delta_of("birch", 2, TASK[0]).items()}
+        changed = RecordDict(dict(content) | {"delta": arrays_to_wire(delta)})
+        return say(delta_hash=hash_weights(delta))(changed)
+
+    def in_round_two(question: Message, good: Message) -> Message:
+        return on(MessageType.TRAIN, fourfold)(question, good) if question.metadata.group_id == "2" else good
+
+    TASK = []
+    for name, damaged in (("whole", False), ("restarted", True)):
+        folder = make_run(name, quorum=2, screening=ScreeningConfig(norm_factor=2.0))
+        TASK[:] = [plan_of(folder).task]
+        run(folder, {"birch": in_round_two})
+        if damaged:
+            damage_newest(folder, 1)
+            run(folder, {"birch": in_round_two})
+        norms = sorted(row["norm"] for row in events(folder, "round")[1]["accepted"].values())
+        reason = events(folder, "rejected")[0]["reason"]
+        assert [(e["round"], e["site"]) for e in events(folder, "rejected")][:1] == [(2, "birch")]
+        assert f"at most {2 * norms[1]:.3g}" in reason
+
+
+SERVERS = {
+    "fedavgm": StrategyConfig("fedavgm", beta_1=0.5),
+    "fedadam": StrategyConfig("fedadam", server_learning_rate=0.01),
+    "fedyogi": StrategyConfig("fedyogi", server_learning_rate=0.01, ema=0.5),
+    "fedavg of equals": StrategyConfig(weighting="equal", server_learning_rate=0.5),
+    "median": StrategyConfig(rule="median"),
+    "centred clipping": StrategyConfig(rule="centred_clip"),
+    "average": StrategyConfig(ema=0.9),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "fedyogi" else pytest.param(kind, marks=pytest.mark.slow) for kind in SERVERS]
+)
+def test_a_run_that_goes_on_ends_with_the_same_bytes_whatever_the_server_remembers(make_run, kind) -> None:
+    """Stopped after round 2 with its newest checkpoint damaged, on other nodes: the uninterrupted run's model file."""
+    whole, broken = make_run("whole", strategy=SERVERS[kind], task={"rounds": 4}), None
+    run(whole)
+    broken = make_run("broken", strategy=SERVERS[kind], task={"rounds": 4})
+    fail = on(MessageType.TRAIN, lambda content: Error(100, "no"))
+
+    def in_round_three(question: Message, good: Message) -> Message:
+        return fail(question, good) if question.metadata.group_id == "3" else good
+
+    with pytest.raises(UserError):
+        run(broken, {"elm": in_round_three})
+    damage_newest(broken, 1)
+    run(broken, names=["elm", "alder", "birch"])
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert not (broken / "spilled").exists()
+    plain_run = make_run("plain", task={"rounds": 4})
+    run(plain_run)
+    assert (plain_run / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()
+
+
+def test_the_average_is_what_is_scored_and_handed_out(make_run) -> None:
+    """Sites train on the last model and score the average over rounds, whose hash the record names."""
+    folder = make_run(strategy=StrategyConfig(ema=0.9), task={"rounds": 3})
+    run(folder)
+    told = events(folder, "round")[-1]
+    assert told["released"] == hash_weights(final(folder)) == events(folder, "scores")[-1]["model_hash"]
+    assert told["released"] != told["model_hash"]
+    models = [by_hand(plan_of(folder), [ALL] * n) for n in (1, 2, 3)]
+    mean = {name: sum(m[name].double() for m in models).float() / 3 for name in models[0]}  # the average's start
+    assert_close(final(folder), mean)
+
+
+def scoring(dice: dict[int, float]) -> dict:
+    """alder scores so in each round; the others 0.5."""
+
+    def change(question: Message, good: Message) -> Message:
+        if question.metadata.message_type != MessageType.EVALUATE:
+            return good
+        record = good.content.config_records["scores"]
+        value = dice[int(question.metadata.group_id)]
+        said = json.loads(str(record["json"])) | {"dice": value, "dice_by_target": {"lesion": value}}
+        record["json"] = json.dumps(said)
+        return good
+
+    return {"alder": change}
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_the_best_round_is_handed_out_and_a_run_without_progress_ends(make_run, restart) -> None:
+    """The worst site's Dice is best after round 2; two scored rounds later the run ends, of 9; so also if restarted."""
+    selection = SelectionConfig("worst", patience=2)
+    folder = make_run(selection=selection, task={"rounds": 9})
+    spoil = scoring({1: 0.1, 2: 0.4, 3: 0.3, 4: 0.4, 5: 0.49} | dict.fromkeys(range(6, 10), 0.45))
+    run(folder, spoil)
+    if restart:
+        (folder / "model.safetensors").unlink()
+        run(folder, spoil)
+    assert [e["round"] for e in events(folder, "round")] == [0, 1, 2, 3, 4]
+    assert_close(final(folder), by_hand(plan_of(folder), [ALL, ALL]))
+    told = events(folder, "selected")[-1]
+    assert (told["round"], told["by"], told["rounds"]) == (2, "worst", 4)
+    assert told["model_hash"] == hash_weights(final(folder))
+    assert len(events(folder, "selected")) == 1
+    assert not list(folder.glob("spilled"))

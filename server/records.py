@@ -1,0 +1,39 @@
+"""What a round leaves behind in checkpoint and journal, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from client.contract import Scores, Update
+
+
+def told_update(update: Update, norm: float) -> dict[str, Any]:
+    """An accepted update."""
+    return {"patients": update.patients, "loss": update.loss, "seconds": update.seconds, "norm": norm}
+
+
+def told_scores(scores: Scores) -> dict[str, Any]:
+    """A site's averages over its held-out patients."""
+    return {
+        "patients": scores.patients,
+        "dice": scores.dice,
+        "dice_by_target": scores.dice_by_target,
+        "hd95_mm": scores.hd95_mm,
+        "hd95_undefined": scores.hd95_undefined,
+        "seconds": scores.seconds,
+    }
+
+
+def missing_reasons(
+    rejected: Mapping[str, str], absent: Sequence[str], suspended: Sequence[str], asked: set[str], seconds: float
+) -> list[str]:
+    """Why sites are missing from a round, a line each."""
+    reasons = [f"{site} was rejected ({reason})" for site, reason in sorted(rejected.items())]
+    reasons += [
+        f"{site} did not answer within {seconds:g} s"
+        if site in asked
+        else f"{site} did not introduce itself, its own log says why"
+        for site in absent
+    ]
+    return reasons + [f"{site} is suspended" for site in suspended]
