@@ -71,19 +71,26 @@ class FixedPointSum:
 
     def mean(self) -> dict[str, Tensor]:
         """The weighted mean update, float32. Raises ValueError when nothing was added."""
+        return {name: self._mean(name, values) for name, values in self._values().items()}
+
+    def take_mean(self) -> dict[str, Tensor]:
+        """As `mean`; the sum gives its memory back weight by weight, and is nothing afterwards."""
+        values = dict(self._values())
+        self._sums, self._integers = {}, None
+        return {name: self._mean(name, values.pop(name)) for name in list(values)}
+
+    def _values(self) -> Mapping[str, NDArray[Any]]:
         if self.total == 0:
             raise ValueError("no update was added, so there is no mean")
-        sums: Mapping[str, NDArray[Any]] = self._sums if self._integers is None else self._integers
-        unit = self.total * 2.0**SCALE_BITS
-        result = {}
-        for name, total in sums.items():
-            mean = np.empty(len(total), np.float32)
-            for begin in range(0, len(total), BLOCK):
-                part = total[begin : begin + BLOCK]
-                np.divide(part, unit, out=self._scaled[: len(part)], dtype=np.float64)
-                mean[begin : begin + BLOCK] = self._scaled[: len(part)]
-            result[name] = torch.from_numpy(mean).reshape(self.shapes[name])
-        return result
+        return self._sums if self._integers is None else self._integers
+
+    def _mean(self, name: str, total: NDArray[Any]) -> Tensor:
+        unit, mean = self.total * 2.0**SCALE_BITS, np.empty(len(total), np.float32)
+        for begin in range(0, len(total), BLOCK):
+            part = total[begin : begin + BLOCK]
+            np.divide(part, unit, out=self._scaled[: len(part)], dtype=np.float64)
+            mean[begin : begin + BLOCK] = self._scaled[: len(part)]
+        return torch.from_numpy(mean).reshape(self.shapes[name])
 
     def _blocks(self, delta: Mapping[str, Tensor]) -> Iterator[tuple[str, int, NDArray[np.float32]]]:
         for name in self._sums:

@@ -6,10 +6,9 @@ import contextlib
 import os
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from client.contract import arrays_to_wire
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
 from medsegdiff.weights import hash_weights, initial_weights, save_model
@@ -68,7 +67,9 @@ def _carry_out(grid: Grid, folder: Path, plan: RunPlan, journal: Journal, member
     store = CheckpointStore(folder / "checkpoints")
     strategy = FederatedAveraging(plan, store, journal, membership, (folder / STOP).exists)
     strategy.summary()
-    initial = arrays_to_wire(initial_weights(plan.task.model, plan.task.seed))
-    strategy.start(grid, initial, num_rounds=plan.task.rounds, timeout=plan.deadline_seconds)
+    if store.latest(plan.run_id) is None:
+        strategy.begin(initial_weights(plan.task.model, plan.task.seed))
+    strategy.start(grid, ArrayRecord(), num_rounds=plan.task.rounds, timeout=plan.deadline_seconds)
+    assert strategy.chosen is not None
     save_model(folder / "model.safetensors", plan.task.card, strategy.chosen.released)
     return hash_weights(strategy.chosen.released)

@@ -26,6 +26,20 @@ _PART = "/"  # between a part of the optimizer's memory and a weight's name, whi
 
 
 @dataclass(frozen=True)
+class Committed:
+    """A round that was committed, without its model, which lies on the disk."""
+
+    run: str
+    round: int
+    record: dict[str, Any]  # what happened in the round, as the journal tells it
+
+    @property
+    def released_hash(self) -> str:
+        """Identity of the model that is scored and handed out."""
+        return str(self.record.get("released", self.record["model_hash"]))
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """The state of a run after a round (0: before the first)."""
 
@@ -41,9 +55,9 @@ class Checkpoint:
         return self.state.get(AVERAGE, self.weights)
 
     @property
-    def released_hash(self) -> str:
-        """Its identity."""
-        return str(self.record.get("released", self.record["model_hash"]))
+    def told(self) -> Committed:
+        """All but the model."""
+        return Committed(self.run, self.round, self.record)
 
 
 class CheckpointStore:
@@ -103,6 +117,17 @@ class CheckpointStore:
                 f"{self.folder}: none of its {len(paths)} checkpoints can be used. Start the run in another folder."
             )
         return None
+
+    def at(self, committed: Committed) -> Checkpoint:
+        """A round that was committed by this process, with its model.
+
+        Raises:
+            UserError: its file is gone, or not as it was written; caused by an OSError, as other faults of a disk are.
+        """
+        try:
+            return self._load(self._path(committed.round), committed.run)
+        except UserError as error:
+            raise UserError(str(error)) from OSError(error)
 
     def _load(self, path: Path, run: str) -> Checkpoint:
         tensors, metadata = read_tensors(path)

@@ -46,7 +46,7 @@ class StreamedMean:
 
     def result(self, centre: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean update, float32."""
-        return self._sum.mean()
+        return self._sum.take_mean()
 
     def close(self) -> None:
         """Nothing lies anywhere."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from server.checkpoints import Checkpoint, CheckpointStore
+from server.checkpoints import Checkpoint, CheckpointStore, Committed
 from server.config import RunPlan
 from server.journal import Event, Journal
 from server.rounds import scored_rounds
@@ -46,7 +46,7 @@ def ends_with(round_: int, plan: RunPlan, store: CheckpointStore, journal: Journ
     return patience is not None and rounds_since_best(journal.events, by, round_) >= patience
 
 
-def select(last: Checkpoint, plan: RunPlan, store: CheckpointStore, journal: Journal) -> Checkpoint:
+def select(last: Committed, plan: RunPlan, store: CheckpointStore, journal: Journal) -> Checkpoint:
     """The round whose model is handed out; told in the journal where the plan asks for a choice.
 
     Args:
@@ -54,12 +54,12 @@ def select(last: Checkpoint, plan: RunPlan, store: CheckpointStore, journal: Jou
     """
     by = plan.selection.by
     if by == "last":
-        return last
+        return store.at(last)
     best, kept = best_round(journal.events, by, last.round), store.best(plan.run_id)
-    chosen = kept if kept is not None and kept.round == best else last
+    chosen = kept if kept is not None and kept.round == best else store.at(last)
     if best is not None and chosen.round != best:
         log.warning("round %d was best, and its file is not there any more: the last round is handed out", best)
-    told = {"round": chosen.round, "model_hash": chosen.released_hash, "by": by, "rounds": last.round}
+    told = {"round": chosen.round, "model_hash": chosen.told.released_hash, "by": by, "rounds": last.round}
     if journal.last("selected", **told) is None:
         journal.append("selected", **told)
     return chosen

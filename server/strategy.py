@@ -16,6 +16,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
 
 from client.contract import Assignment, Scores, Update, arrays_from_wire, arrays_to_wire, to_wire
 from medsegdiff.errors import UserError
@@ -23,16 +24,16 @@ from medsegdiff.labels import LabelScheme
 from medsegdiff.progress import Progress, report
 from medsegdiff.weights import hash_weights, weight_shapes
 from server.aggregation import AggregationOverflow
-from server.checkpoints import AVERAGE, Checkpoint, CheckpointStore
+from server.checkpoints import AVERAGE, Checkpoint, CheckpointStore, Committed
 from server.config import RunPlan
 from server.exchange import Exchange, Records
 from server.grid import BoundedGrid
 from server.journal import Journal
 from server.membership import Membership
-from server.optimizers import server_step
+from server.optimizers import State, server_step
 from server.records import missing_reasons, told_scores, told_update
 from server.robust import CENTRE, SPILL, Aggregate, open_aggregate
-from server.screening import Accepted, Expected, Rejection, largest_norm, screen_scores, screen_update
+from server.screening import Expected, Rejection, largest_norm, screen_scores, screen_update
 from server.selection import ends_with, select
 from server.strikes import strikes_record, suspend_sites, suspended_in
 
@@ -64,8 +65,10 @@ class FederatedAveraging(Strategy):
         self.membership = membership
         self.stopped = stopped
         self.shapes = weight_shapes(plan.task.model)
-        self.committed = Checkpoint(plan.run_id, 0, {}, {"model_hash": ""})  # the round that the next one starts from
-        self.chosen = self.committed  # the round whose model is handed out
+        # The round that the next one starts from. Its model stays on the disk: it is in memory while it is sent and
+        # while the next one is made of it, not beside the sum of the updates.
+        self.committed = Committed(plan.run_id, 0, {"model_hash": ""})
+        self.chosen: Checkpoint | None = None  # the round whose model is handed out, once the run has ended
         self.exchange: Exchange | None = None  # conversations over the grid of `start`
         self._round = 0  # the round at hand
         self._usable = 0  # updates folded in it
@@ -92,6 +95,7 @@ class FederatedAveraging(Strategy):
             UserError: fewer usable updates than the quorum.
         """
         first = self._restore(initial_arrays)
+        del initial_arrays
         bounded = BoundedGrid.over(grid, 4 * sum(math.prod(shape) for shape in self.shapes.values()))
         self.exchange = Exchange(bounded, self.plan, self.journal, self.membership, self.stopped)
         self._suspend()
@@ -113,20 +117,24 @@ class FederatedAveraging(Strategy):
         result.arrays = arrays_to_wire(self.chosen.released)
         return result
 
+    def begin(self, weights: dict[str, Tensor]) -> Checkpoint:
+        """Commit round 0: the model that training starts from."""
+        checkpoint = Checkpoint(self.plan.run_id, 0, weights, {"round": 0, "model_hash": hash_weights(weights)})
+        self.store.save(checkpoint)
+        return checkpoint
+
     def _restore(self, initial_arrays: ArrayRecord) -> int:
         """Load the last committed round (or commit round 0); returns its number."""
         checkpoint = self.store.latest(self.plan.run_id)
         if checkpoint is None:
-            weights = arrays_from_wire(initial_arrays, self.shapes)
-            checkpoint = Checkpoint(self.plan.run_id, 0, weights, {"round": 0, "model_hash": hash_weights(weights)})
-            self.store.save(checkpoint)
+            checkpoint = self.begin(arrays_from_wire(initial_arrays, self.shapes))
         if self.journal.last("round", round=checkpoint.round) is None:  # killed between the commit and its telling
             self.journal.append("round", **checkpoint.record)
         if checkpoint.round and self.membership is not None:
             done = {"run": self.plan.run_id, "round": checkpoint.round}
             if not self.membership.has("committed", **done):
                 self._note_commit(checkpoint.record)
-        self.committed = checkpoint
+        self.committed = checkpoint.told
         return checkpoint.round
 
     def _sites_before(self, round_: int) -> set[str]:
@@ -211,20 +219,18 @@ class FederatedAveraging(Strategy):
         for site, reply in replies:
             if before and site not in before:
                 continue
-            outcome = screen_update(reply, self._expected(site, round_, self._model_hash))
-            if isinstance(outcome, Accepted):
-                outcome = self._fold(aggregate, outcome)
+            outcome = self._take(round_, site, reply, aggregate)
             if isinstance(outcome, Rejection):
                 rejected[site] = outcome.reason
                 self._rejected.add(site)
                 self._reject(round_, outcome)
                 continue
             self._usable += 1
-            update: Update = outcome.update
+            update, norm, size = outcome
             said = {"patients": update.patients, "delta": update.delta_hash, "decision": "accepted"}
             self._note("update", round_, site, **said)
-            accepted[site] = told_update(update, outcome.norm)
-            received += outcome.bytes
+            accepted[site] = told_update(update, norm)
+            received += size
         out = suspended_in(self.committed.record)
         absent = [site for site in self.plan.roster if site not in {*accepted, *rejected, *out}]
         if len(accepted) < self._required(round_):
@@ -234,7 +240,7 @@ class FederatedAveraging(Strategy):
         patients = sum(row["patients"] for row in accepted.values())
         mean_loss = math.fsum(row["patients"] * row["loss"] for row in accepted.values()) / patients
         report(Progress("round", round_, self.plan.task.rounds, round=round_, loss=mean_loss))
-        return arrays_to_wire(self.committed.weights), MetricRecord({"loss": mean_loss})
+        return None, MetricRecord({"loss": mean_loss})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Any]) -> MetricRecord | None:
         """Collect every site's averages; returns the mean Dice over sites."""
@@ -267,7 +273,8 @@ class FederatedAveraging(Strategy):
         """What a round's question holds: one set for all sites, so that many sites do not multiply the model."""
         scoring = kind == MessageType.EVALUATE
         identity = self.committed.released_hash if scoring else self._model_hash
-        weights = self.committed.released if scoring else self.committed.weights
+        model = self.store.at(self.committed)
+        weights = model.released if scoring else model.weights
         return {
             "assignment": to_wire(Assignment(self.plan.run_id, round_, identity)),
             "weights": arrays_to_wire(weights),
@@ -315,13 +322,25 @@ class FederatedAveraging(Strategy):
             key=self._key_of(site),
         )
 
-    @staticmethod
-    def _fold(aggregate: Aggregate, outcome: Accepted) -> Accepted | Rejection:
+    def _take(
+        self, round_: int, site: str, reply: Message, aggregate: Aggregate
+    ) -> tuple[Update, float, int] | Rejection:
+        """Screen one answer and fold it. Its arrays go with the return: several loops still hold the message itself.
+
+        Returns:
+            The update's fields, its norm and its size in bytes, or why it does not count.
+        """
         try:
-            aggregate.add(outcome.update.site, outcome.delta, outcome.update.patients)
+            outcome = screen_update(reply, self._expected(site, round_, self._model_hash))
+            if isinstance(outcome, Rejection):
+                return outcome
+            aggregate.add(site, outcome.delta, outcome.update.patients)
+            return outcome.update, outcome.norm, outcome.bytes
         except AggregationOverflow as error:
-            return Rejection(outcome.update.site, str(error))
-        return outcome
+            return Rejection(site, str(error))
+        finally:
+            if reply.has_content():
+                reply.content.pop("delta", None)
 
     def _commit(
         self,
@@ -332,11 +351,7 @@ class FederatedAveraging(Strategy):
         absent: list[str],
         moved: dict[str, int],
     ) -> None:
-        last = self.committed
-        change = aggregate.result(last.state.get(CENTRE, {}))
-        weights, state = server_step(self.plan.strategy, last.weights, change, last.state, round_)
-        if self.plan.strategy.rule == "centred_clip":
-            state[CENTRE] = change
+        weights, state = self._step(aggregate, round_)
         record: dict[str, Any] = {
             "round": round_,
             "model_hash": hash_weights(weights),
@@ -355,14 +370,23 @@ class FederatedAveraging(Strategy):
                 "Restore the run's checkpoints from a backup, or start a new run."
             )
         most, simulated = self.plan.screening.strikes, self.membership is None
-        record |= strikes_record(last.record, accepted, rejected, most, simulated, before)
+        record |= strikes_record(self.committed.record, accepted, rejected, most, simulated, before)
         checkpoint = Checkpoint(self.plan.run_id, round_, weights, record, state)
         self.store.save(checkpoint)
-        self.committed = checkpoint
+        self.committed = checkpoint.told
         self.journal.append("round", **record)
         if self.membership is not None:
             self._note_commit(record)
         self._suspend()
+
+    def _step(self, aggregate: Aggregate, round_: int) -> tuple[dict[str, Tensor], State]:
+        """The next model and the optimizer's memory; what they were made of is gone with the return."""
+        last = self.store.at(self.committed)
+        change = aggregate.result(last.state.get(CENTRE, {}))
+        weights, state = server_step(self.plan.strategy, last.weights, change, last.state, round_)
+        if self.plan.strategy.rule == "centred_clip":
+            state[CENTRE] = change
+        return weights, state
 
     def _suspend(self) -> None:
         record = self.committed.record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from fractions import Fraction
 
 import pytest
@@ -95,6 +96,23 @@ def test_a_sum_that_would_wrap_is_refused() -> None:
     assert total.mean()["w"].item() == half
     total.add({"w": torch.tensor([-half])}, 1)
     assert total.mean()["w"].item() == 0.0
+
+
+def test_a_mean_that_is_taken_is_the_mean_in_little_more_memory() -> None:
+    """The same bits; at no time are all of the sum and all of the mean there."""
+    shapes = {str(k): (1000, 100) for k in range(20)}
+    total, generator = FixedPointSum(shapes), torch.Generator().manual_seed(0)
+    for n in (1, 3):
+        total.add({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, n)
+    due = {name: bits(value) for name, value in total.mean().items()}
+    tracemalloc.start()
+    found = total.take_mean()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert {name: bits(value) for name, value in found.items()} == due
+    weights = 4 * 20 * 100_000  # bytes; those of the sum were there before the trace began
+    assert weights <= peak < 1.2 * weights
+    assert not total._sums
 
 
 @pytest.mark.parametrize("n", [0, -1])
