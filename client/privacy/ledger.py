@@ -259,8 +259,8 @@ class Ledger:
         frozen = account.entries[0] if changed and not account.changed else None
         raise UserError(
             f"{run}: round {round_}, {asked.steps:,} steps at sigma {asked.sigma:g} and q {asked.q:g}, would take "
-            f"epsilon to {after.epsilon:.3f} at delta {self.ceiling.delta:g}; the limit is {self.ceiling.epsilon:.3f} "
-            f"(spent {before.epsilon:.3f}, ledger {self.path}). Nothing was trained. "
+            f"epsilon to {after.epsilon:.4f} at delta {self.ceiling.delta:g}; the limit is {self.ceiling.epsilon:.4f} "
+            f"(spent {before.epsilon:.4f}, ledger {self.path}). Nothing was trained. "
             + (f"It leaves the frozen schedule (sigma {frozen.sigma:g}, q {frozen.q:g}), which costs more: keep to it, "
                "or take" if frozen else "To go on, take")
             + " fewer steps or more noise, or have the data officer raise the site's privacy ceiling in site.yaml."

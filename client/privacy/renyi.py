@@ -27,7 +27,8 @@ from scipy.special import gammaln, logsumexp
 if TYPE_CHECKING:
     from client.privacy.accounting import Mechanism
 
-ORDERS = (*range(2, 64), *range(64, 256, 4), *range(256, 1025, 16))  # integers: their moment is a finite sum
+# Integers: their moment is a finite sum.
+ORDERS: tuple[int, ...] = (*range(2, 64), *range(64, 256, 4), *range(256, 1025, 16))
 
 
 @lru_cache(maxsize=1 << 14)

@@ -71,8 +71,8 @@ def single_step_epsilon(sigma: float, q: float, delta: float) -> float:
 # --- epsilon ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-8])
-@pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (20.0, 400), (2.0, 10), (5.0, 100)])
+@pytest.mark.parametrize("delta", [1e-3, 1e-8])
+@pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (20.0, 400), (5.0, 100)])
 def test_full_batches_are_one_gaussian(sigma: float, steps: int, delta: float) -> None:
     """q = 1: both accountants lie above the exact curve, by at most 0.012, and the larger is given."""
     exact = gaussian_epsilon(sigma, steps, delta)
@@ -140,7 +140,7 @@ def test_different_full_steps_add_up_in_squares() -> None:
     assert exact - 1e-6 <= found.pld <= found.value <= exact + 0.02
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(st.floats(3.0, 10.0), st.floats(0.02, 0.6), st.integers(1, 80), st.integers(1, 40), st.floats(1.05, 2.0))
 def test_more_steps_and_less_noise_cost_more(sigma: float, q: float, steps: int, more: int, factor: float) -> None:
     """Monotone in steps, sigma, q and delta, to the accountants' own error; never above the Renyi bound and that."""
