@@ -34,7 +34,8 @@ MOST_STEPS = 10_000_000
 LARGEST_EPSILON = 2000.0  # beyond, nothing is computed: memory, and no meaning
 PRV_ERROR = 0.01  # of epsilon; included in the bound
 _PRV_LOSS = 600.0  # exp(709) is the end of float64
-_PRV_POINTS = 1 << 23  # of all discretised entries together: 64 MiB an array
+_PRV_POINTS = 1 << 23  # of the domain, of which Opacus holds some ten arrays: 640 MiB
+_PRV_ALL_POINTS = 1 << 25  # of all different entries: 256 MiB
 _ROUNDING = 1e-12  # of delta, a step: measured against the exact Gaussian curve it is below 1e-16; four digits are kept
 _PLD_INTERVAL = 1e-4
 _PLD_POINTS = 2_000_000
@@ -126,7 +127,7 @@ def noise_multiplier(
     if not (_is_number(epsilon) and epsilon > 0):
         raise UserError(f"an epsilon of {epsilon!r} is no budget: it must be above 0.")
     history = merged(spent)
-    before = _reported(history, delta)
+    before = _spent(history, delta)
     if before > epsilon:
         raise UserError(
             f"epsilon {before:.3f} is spent already at delta {delta:g}, and {epsilon:g} is the limit: no noise makes "
@@ -134,18 +135,17 @@ def noise_multiplier(
         )
 
     def fits(sigma: float) -> bool:
-        return _reported((*history, Mechanism(sigma, q, steps)), delta) <= epsilon
+        return _within((*history, Mechanism(sigma, q, steps)), delta, epsilon)
 
     guess = rough_noise_multiplier(q, steps, delta, epsilon, history)
     low = high = guess
+    if not fits(high) and not fits(LARGEST_SIGMA):
+        raise UserError(
+            f"no noise keeps {steps:,} steps at q {q:g} within epsilon {epsilon:g} at delta {delta:g}: {before:.3f} is "
+            f"spent, and what is left is below the accountants' own error ({PRV_ERROR}). Raise the limit."
+        )
     while not fits(high):
-        low, high = high, 1.25 * high
-        if high > LARGEST_SIGMA:
-            raise UserError(
-                f"no noise keeps {steps:,} steps at q {q:g} within epsilon {epsilon:g} at delta {delta:g}: "
-                f"{before:.3f} is spent, and what is left is below the accountants' own error ({PRV_ERROR}). Raise "
-                "the limit."
-            )
+        low, high = high, min(1.25 * high, LARGEST_SIGMA)
     while low == high and high > LEAST_SIGMA:
         low = max(LEAST_SIGMA, 0.85 * high)
         if fits(low):
@@ -171,11 +171,17 @@ def rough_noise_multiplier(
     return high if high < LARGEST_SIGMA else 1000.0
 
 
-def _reported(history: tuple[Mechanism, ...], delta: float) -> float:
-    """Epsilon, infinite where it is beyond what is computed."""
-    if renyi_epsilon(history, delta) > LARGEST_EPSILON:
-        return math.inf
+def _spent(history: tuple[Mechanism, ...], delta: float) -> float:  # a budget is called epsilon as well
     return epsilon(history, delta).value
+
+
+def _within(history: tuple[Mechanism, ...], delta: float, limit: float) -> bool:
+    """Whether the reported epsilon is at most `limit`; asks no more accountants than it takes to say no."""
+    entries = merged(history)
+    if renyi_epsilon(entries, delta) > LARGEST_EPSILON:
+        return False
+    prv = _prv(entries, float(delta))
+    return (prv is None or prv <= limit) and epsilon(entries, delta).value <= limit
 
 
 @lru_cache(maxsize=1024)
@@ -192,6 +198,7 @@ def _epsilon(entries: tuple[Mechanism, ...], delta: float) -> Epsilon:
     return Epsilon(max(pld, bound if prv is None else prv), prv, pld)
 
 
+@lru_cache(maxsize=1024)
 def _prv(entries: tuple[Mechanism, ...], delta: float) -> float | None:
     """The upper bound of Opacus' PRVAccountant, by its parts; None where they cannot compute it.
 
@@ -206,7 +213,10 @@ def _prv(entries: tuple[Mechanism, ...], delta: float) -> float | None:
     single = max(renyi_epsilon([Mechanism(e.sigma, e.q, 1)], delta_error / (8 * sum(counts))) for e in entries)
     loss = max(renyi_epsilon(entries, delta_error / 4), single, PRV_ERROR) + 3
     mesh = PRV_ERROR / math.sqrt(sum(counts) * math.log(12 / delta_error) / 2)
-    if loss > _PRV_LOSS or sum(counts) * _ROUNDING > delta or len(entries) * 2 * loss / mesh > _PRV_POINTS:
+    points = 2 * loss / mesh
+    if loss > _PRV_LOSS or points > _PRV_POINTS or len(entries) * points > _PRV_ALL_POINTS:
+        return None
+    if sum(counts) * _ROUNDING > delta:
         return None
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # log(0) at q = 1 is expected; quadrature warns where it is exact enough

@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,12 @@ class Account:
     head: str
     heads: frozenset[str]  # every head it ever had
 
-    @property
+    @cached_property
     def history(self) -> tuple[Mechanism, ...]:
         """All that counts, open reservations in full."""
         return merged(entry.charged for entry in self.entries)
 
-    @property
+    @cached_property
     def changed(self) -> bool:
         """Whether the schedule was ever another than the frozen one."""
         return len({(entry.sigma, entry.q) for entry in self.entries}) > 1
@@ -340,7 +341,7 @@ def _account(path: Path, lines: list[dict[str, Any]]) -> Account:
                     entries[line["hash"]] = _entry(line)
                 case "committed" if entries[line["reservation"]].taken is None:
                     opened = entries[line["reservation"]]
-                    entries[opened.id] = Entry(**{**vars(opened), "taken": _whole(line["steps"])})
+                    entries[opened.id] = replace(opened, taken=_whole(line["steps"]))
                 case event:
                     raise ValueError(f"an event '{str(event)[:40]}' that has no place there")
         except (KeyError, TypeError, ValueError, UserError) as error:

@@ -18,7 +18,7 @@ from client.privacy.renyi import renyi_epsilon
 from deploy.joining import SITE_AUDIT
 
 Run = Callable[..., tuple[int, str, str]]
-PLAN = ("privacy", "plan", "--patients", 40, "--epsilon", 1, "--delta", "1e-3", "--rounds", 3, "--steps-per-round", 4)
+PLAN = ("privacy", "plan", "--patients", 40, "--epsilon", 1, "--delta", "1e-3", "--rounds", 2, "--steps-per-round", 6)
 
 
 @pytest.fixture

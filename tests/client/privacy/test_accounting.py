@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import warnings
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -71,8 +69,8 @@ def single_step_epsilon(sigma: float, q: float, delta: float) -> float:
 # --- epsilon ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("delta", [1e-3, 1e-8])
-@pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (20.0, 400), (5.0, 100)])
+@pytest.mark.parametrize("delta", [1e-5, 1e-8])
+@pytest.mark.parametrize(("sigma", "steps"), [(2.0, 1), (20.0, 400), (5.0, 100)])
 def test_full_batches_are_one_gaussian(sigma: float, steps: int, delta: float) -> None:
     """q = 1: both accountants lie above the exact curve, by at most 0.012, and the larger is given."""
     exact = gaussian_epsilon(sigma, steps, delta)
@@ -83,9 +81,7 @@ def test_full_batches_are_one_gaussian(sigma: float, steps: int, delta: float) -
         assert exact - 1e-6 <= value <= exact + 0.012
 
 
-@pytest.mark.parametrize(
-    ("sigma", "q", "delta"), [(1.0, 0.1, 1e-5), (0.7, 0.4, 1e-4), (3.0, 0.5, 1e-6), (0.5, 0.02, 1e-5)]
-)
+@pytest.mark.parametrize(("sigma", "q", "delta"), [(1.0, 0.1, 1e-5), (3.0, 0.5, 1e-6), (0.8, 0.02, 1e-5)])
 def test_a_single_step_is_the_hockey_stick_integral(sigma: float, q: float, delta: float) -> None:
     """One subsampled step, add and remove: the integral itself."""
     exact = single_step_epsilon(sigma, q, delta)
@@ -111,7 +107,7 @@ def test_an_empty_history_has_spent_nothing() -> None:
 
 @pytest.mark.parametrize(
     "history",
-    [[(6.31, 0.1, 2000)], [(1.1, 0.02, 500)], [(3.0, 1.0, 7)], [(6.0, 0.3, 10), (2.5, 0.1, 20), (8.0, 0.5, 3)]],
+    [[(6.31, 0.1, 2000)], [(2.0, 0.02, 500)], [(3.0, 1.0, 7)], [(6.0, 0.3, 10), (4.5, 0.1, 5), (8.0, 0.5, 3)]],
 )
 def test_the_prv_figure_is_opacus_own(history: list[tuple[float, float, int]]) -> None:
     """Its accountant as a user would call it."""
@@ -126,10 +122,10 @@ def test_the_prv_figure_is_opacus_own(history: list[tuple[float, float, int]]) -
 
 
 def test_equal_entries_are_merged() -> None:
-    """A thousand entries of two kinds cost, and count, as much as two."""
-    kinds = [M(5.0, 0.1, 2), M(4.0, 0.2, 3)] * 500
-    assert merged(kinds) == (M(4.0, 0.2, 1500), M(5.0, 0.1, 1000))
-    assert epsilon(kinds, 1e-5) == epsilon([M(5.0, 0.1, 1000), M(4.0, 0.2, 1500)], 1e-5)
+    """A hundred entries of two kinds cost, and count, as much as two."""
+    kinds = [M(9.0, 0.1, 2), M(8.0, 0.2, 3)] * 50
+    assert merged(kinds) == (M(8.0, 0.2, 150), M(9.0, 0.1, 100))
+    assert epsilon(kinds, 1e-5) == epsilon([M(9.0, 0.1, 100), M(8.0, 0.2, 150)], 1e-5)
 
 
 def test_different_full_steps_add_up_in_squares() -> None:
@@ -140,7 +136,8 @@ def test_different_full_steps_add_up_in_squares() -> None:
     assert exact - 1e-6 <= found.pld <= found.value <= exact + 0.02
 
 
-@settings(max_examples=3, deadline=None, derandomize=True)
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.floats(3.0, 10.0), st.floats(0.02, 0.6), st.integers(1, 80), st.integers(1, 40), st.floats(1.05, 2.0))
 def test_more_steps_and_less_noise_cost_more(sigma: float, q: float, steps: int, more: int, factor: float) -> None:
     """Monotone in steps, sigma, q and delta, to the accountants' own error; never above the Renyi bound and that."""
@@ -213,7 +210,7 @@ def test_noise_is_the_least_that_fits() -> None:
 
 def test_noise_never_falls_below_what_can_be_accounted() -> None:
     """A budget that would let sigma be smaller gives 0.5."""
-    assert noise_multiplier(0.01, 1, 1e-3, 50.0) == accounting.LEAST_SIGMA
+    assert noise_multiplier(0.001, 1, 1e-3, 6.0) == accounting.LEAST_SIGMA
 
 
 @pytest.mark.parametrize(
@@ -242,15 +239,10 @@ def test_a_renyi_divergence_is_its_integral_and_the_librarys(sigma: float, q: fl
     """The moment by quadrature, and Opacus' figure; the direction taken is the larger one."""
     from opacus.accountants.analysis.rdp import compute_rdp
 
-    def log_ratio(x: float) -> float:
-        return math.log((1 - q) + q * math.exp((2 * x - 1) / (2 * sigma**2)))
-
     def moment(power: int) -> float:
-        points = np.linspace(-15 * sigma, max(0, power) + 15 * sigma, 200)  # its mass lies about 0 to `power`
-        pieces = itertools.pairwise(points)
-        return sum(
-            quad(lambda x: math.exp(power * log_ratio(x) + norm.logpdf(x, 0, sigma)), a, b)[0] for a, b in pieces
-        )
+        x = np.linspace(-15 * sigma, max(0, power) + 15 * sigma, 400_001)  # its mass lies about 0 to `power`
+        ratio = np.log1p(-q + q * np.exp((2 * x - 1) / (2 * sigma**2)))
+        return float(np.trapezoid(np.exp(power * ratio + norm.logpdf(x, 0, sigma)), x))
 
     found = renyi_divergence(sigma, q, order)
     assert found == pytest.approx(

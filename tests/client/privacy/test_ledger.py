@@ -526,7 +526,7 @@ def test_a_hundred_kills_never_count_less_than_was_spent(tmp_path: Path) -> None
 
 
 def test_a_ledger_of_ten_thousand_entries_is_read_at_once(tmp_path: Path) -> None:
-    """Read and verified within two seconds (0.2 on the machine it was written on)."""
+    """Read and verified within two seconds (0.2 to 0.3 where it was written)."""
     path = ledger_path(tmp_path)
     write_long(path, 10_000)
     begun = time.process_time()
