@@ -124,12 +124,12 @@ def ledger_table(account: Account, everything: bool = False) -> Table:
     title = "Reservations" + (f" (the last {len(shown)}; {hidden:,} before them are left out)" if hidden else "")
     table = Table(title=Text(title), title_justify="left")
     for name in ("run", "round", "sigma", "q", "steps", "state", "epsilon after"):
-        table.add_column(name, justify="left" if name in ("run", "state") else "right")
+        table.add_column(name, justify="left" if name in ("run", "state") else "right", overflow="fold")
     for entry in shown:
         steps = str(entry.steps) if entry.taken in (None, entry.steps) else f"{entry.taken} of {entry.steps}"
         table.add_row(
             Text(entry.run), str(entry.round), f"{entry.sigma:g}", f"{entry.q:g}", steps,
-            Text("open: counts in full" if entry.state == "open" else entry.state), f"{entry.epsilon:.4f}",
+            entry.state, f"{entry.epsilon:.4f}",
         )  # fmt: skip
     return table
 
@@ -149,6 +149,8 @@ def ledger_lines(account: Account, total: Spent | None) -> list[str]:
     if total.accountants is not None:
         prv = total.accountants.prv
         lines.append(f"         PRV {'-' if prv is None else f'{prv:.4f}'}, PLD {total.accountants.pld:.4f}")
+    if unfinished := sum(entry.state == "open" for entry in account.entries):
+        lines.append(f"open     {unfinished:,}: under way, or ended by a crash; each counts in full")
     return [*lines, f"head     {account.head}"]
 
 

@@ -7,9 +7,11 @@ The file is a `medsegdiff.chained_log`: every line flushed to the disk, edits an
 as it was written lets nothing be trained. A round that is repeated after a crash is a new reservation with fresh noise.
 
 **Guarantee**: (epsilon, delta)-DP of all that was ever released, add or remove one patient, for the site's ceiling.
-Sigma and q are frozen by the first reservation, and as long as all entries have them, the history is composed by
-PRV and PLD (`client.privacy.accounting`). The first entry with another sigma or q turns accounting, for good and for
-the whole history, to a Renyi filter (`client.privacy.renyi`), whose order was written down by the first reservation.
+Sigma and q are frozen by the first reservation, and as long as all entries have them, the history is composed by PRV
+and PLD (`client.privacy.accounting`). How many steps are taken may depend on what came out: whatever stops early is a
+part of the longest history within the ceiling, and that one is fixed by sigma and q. The first entry with another sigma
+or q turns accounting, for good and for the whole history, to a Renyi filter (`client.privacy.renyi`), whose order was
+written down by the first reservation.
 
 That a later schedule may be chosen from what came out before has to be paid for: the outcomes after which a site
 changes and those after which it does not are two sets, and what can go wrong on each adds up. So delta is shared

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # Integers: their moment is a finite sum.
 ORDERS: tuple[int, ...] = (*range(2, 64), *range(64, 256, 4), *range(256, 1025, 16))
 
+_ROUNDING = 1e-12  # of the logarithm of a moment: binomials of order 1024 are good to about that
+
 
 @lru_cache(maxsize=1 << 14)
 def renyi_divergence(sigma: float, q: float, order: int) -> float:
@@ -48,7 +50,7 @@ def renyi_divergence(sigma: float, q: float, order: int) -> float:
     k = np.arange(order + 1)
     log_binomial = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
     terms = log_binomial + (order - k) * math.log1p(-q) + k * math.log(q) + k * (k - 1) / (2 * sigma**2)
-    return max(0.0, float(logsumexp(terms))) / (order - 1)
+    return (max(0.0, float(logsumexp(terms))) + _ROUNDING) / (order - 1)
 
 
 def conversion(order: int, delta: float) -> float:

@@ -85,7 +85,7 @@ def test_a_ledger_is_shown(medsegfed: Run, site: Path, monkeypatch: pytest.Monke
     for part in (
         "first[bold]",
         "19 of 20",
-        "open: counts in full",
+        "each counts in full",
         f"{spent:.4f}",
         f"{3 - spent:.4f}",
         "ceiling",
