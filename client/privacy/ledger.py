@@ -102,7 +102,7 @@ class Account:
     """A ledger as read and verified."""
 
     entries: tuple[Entry, ...]
-    order: int | None  # of the Renyi filter; fixed by the first reservation
+    order: float | None  # of the Renyi filter; fixed by the first reservation
     ceiling: Ceiling | None  # last written down
     head: str
     heads: frozenset[str]  # every head it ever had
@@ -123,7 +123,7 @@ class Spent:
     """What is spent at the ceiling's delta."""
 
     epsilon: float
-    order: int | None  # of the Renyi filter; None: frozen schedule, by PRV and PLD
+    order: float | None  # of the Renyi filter; None: frozen schedule, by PRV and PLD
     accountants: Epsilon | None  # both figures, with a frozen schedule
 
     @property
@@ -131,10 +131,10 @@ class Spent:
         """For a person."""
         if self.order is None:
             return "frozen schedule: the larger of the PRV and PLD accountants"
-        return f"schedule was changed: Renyi filter of order {self.order} over the whole history"
+        return f"schedule was changed: Renyi filter of order {self.order:g} over the whole history"
 
 
-def spent(history: Iterable[Mechanism], order: int | None, changed: bool, delta: float) -> Spent:
+def spent(history: Iterable[Mechanism], order: float | None, changed: bool, delta: float) -> Spent:
     """Epsilon at `delta` of a ledger's history. Raises UserError where it cannot be computed."""
     if not changed:
         found = epsilon(history, frozen_delta(delta))
@@ -251,7 +251,7 @@ class Ledger:
             log.append("ceiling", **ceiling)
         self._remember(log.head)
 
-    def _after(self, account: Account, order: int, run: str, round_: int, asked: Mechanism) -> float:
+    def _after(self, account: Account, order: float, run: str, round_: int, asked: Mechanism) -> float:
         """Epsilon with the reservation. Raises UserError where it is above the ceiling."""
         history = (*account.history, asked)
         changed = account.changed or any((e.sigma, e.q) != (asked.sigma, asked.q) for e in account.entries[:1])
@@ -326,7 +326,7 @@ def _check_anchors(path: Path, account: Account, anchors: set[str]) -> None:
 
 def _account(path: Path, lines: list[dict[str, Any]]) -> Account:
     entries: dict[str, Entry] = {}
-    order: int | None = None
+    order: float | None = None
     ceiling: Ceiling | None = None
     for line in lines:
         try:
@@ -339,7 +339,7 @@ def _account(path: Path, lines: list[dict[str, Any]]) -> Account:
                 case "ceiling" if ceiling is not None:
                     ceiling = Ceiling(line["epsilon"], line["delta"])
                 case "reserved" if ceiling is not None:
-                    order = order or _whole(line["order"])
+                    order = order or _order(line["order"])
                     entries[line["hash"]] = _entry(line)
                 case "committed" if entries[line["reservation"]].taken is None:
                     opened = entries[line["reservation"]]
@@ -375,6 +375,12 @@ def _entry(line: dict[str, Any]) -> Entry:
     if entry.charged.steps < 1:  # `charged` refuses a sigma or q out of range
         raise ValueError("a reservation of no steps")
     return entry
+
+
+def _order(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 < value <= 1024:
+        raise ValueError(f"{value!r} is no order of a Renyi divergence")
+    return value
 
 
 def _whole(value: Any) -> int:

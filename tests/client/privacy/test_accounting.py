@@ -233,22 +233,22 @@ def test_plans_that_no_noise_makes_possible(arguments: tuple, spent: list[Mechan
 # --- Renyi ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [2, 3, 7, 20])
+@pytest.mark.parametrize("order", [1.05, 1.5, 2, 2.5, 7, 20])
 @pytest.mark.parametrize(("sigma", "q"), [(0.7, 0.3), (2.0, 0.05), (6.0, 0.9)])
-def test_a_renyi_divergence_is_its_integral_and_the_librarys(sigma: float, q: float, order: int) -> None:
+def test_a_renyi_divergence_is_its_integral_and_the_librarys(sigma: float, q: float, order: float) -> None:
     """The moment by quadrature, and Opacus' figure; the direction taken is the larger one."""
     from opacus.accountants.analysis.rdp import compute_rdp
 
-    def moment(power: int) -> float:
+    def moment(power: float) -> float:
         x = np.linspace(-15 * sigma, max(0, power) + 15 * sigma, 400_001)  # its mass lies about 0 to `power`
         ratio = np.log1p(-q + q * np.exp((2 * x - 1) / (2 * sigma**2)))
         return float(np.trapezoid(np.exp(power * ratio + norm.logpdf(x, 0, sigma)), x))
 
     found = renyi_divergence(sigma, q, order)
     assert found == pytest.approx(
-        float(compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=float(order))), rel=1e-8
+        float(compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=float(order))), rel=1e-8, abs=1e-10
     )
-    assert found == pytest.approx(math.log(moment(order)) / (order - 1), rel=1e-6)
+    assert found == pytest.approx(math.log(moment(order)) / (order - 1), rel=1e-6, abs=1e-10)
     assert found >= math.log(moment(1 - order)) / (order - 1) - 1e-9
 
 
@@ -268,7 +268,7 @@ def test_full_steps_have_the_gaussians_divergence() -> None:
 def test_the_published_renyi_figures(delta: float, target: float, sigma: float) -> None:
     """Sigma of another program's Renyi accountant for the same table."""
     found = renyi_epsilon([M(sigma, 0.1, 2000)], delta)
-    assert target - 0.02 <= found <= target * 1.01  # orders here are integers: 0.6 % at epsilon 8
+    assert found == pytest.approx(target, abs=0.02)
 
 
 def test_the_order_is_fixed_by_the_ceiling_and_the_first_schedule() -> None:

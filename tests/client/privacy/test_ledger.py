@@ -386,7 +386,7 @@ class Rivals(RuleBasedStateMachine):
         self.ceiling = Ceiling(2.0, 1e-5)
         self.books = [Ledger(self.path, self.ceiling) for _ in range(2)]
         self.model: dict[str, list] = {}  # id -> [sigma, q, reserved, taken]
-        self.order: int | None = None
+        self.order: float | None = None
 
     def value(self, entries: list[tuple[float, float, int]]) -> float:
         history = [Mechanism(*entry) for entry in entries]
