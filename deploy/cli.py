@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from deploy import cli_federation
+from deploy import cli_federation, cli_privacy
 from medsegdiff.errors import EXIT_CODE, UserError
 
 # Flower reports usage to its vendor and looks for updates unless told otherwise; a hospital's machine must not.
@@ -32,6 +32,7 @@ data_app = typer.Typer(no_args_is_help=True, help="What a dataset holds; publish
 app.add_typer(model_app, name="model")
 app.add_typer(data_app, name="data")
 app.add_typer(cli_federation.app)
+app.add_typer(cli_privacy.app)
 
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of the dataset that the recipe names.")]
 

@@ -92,11 +92,60 @@ class ChainedLog:
                 the log is not what the head file says.
             ValueError: a field has a reserved name or holds what JSON has not.
         """
-        if taken := sorted(_RESERVED & set(fields)):
-            raise ValueError(f"the fields {taken} belong to the log itself")
+        _check_names(fields)
         with _open(self.path) as descriptor:
             head = _mend(self.path, descriptor, _committed(self.path, descriptor))
             return _add(self.path, descriptor, head, event, fields).head
+
+    @contextmanager
+    def held(self) -> Iterator[HeldLog]:
+        """The log for this process and thread alone until the block ends: read, decide, append, nobody in between.
+
+        What a killed append left is mended first.
+
+        Raises:
+            UserError: as `append`.
+        """
+        with _open(self.path) as descriptor:
+            yield HeldLog(self.path, descriptor, _mend(self.path, descriptor, _committed(self.path, descriptor)))
+
+
+class HeldLog:
+    """A log under its exclusive lock; made by `ChainedLog.held`."""
+
+    def __init__(self, path: Path, descriptor: int, head: _Head) -> None:
+        self.path, self._descriptor, self._head = path, descriptor, head
+
+    @property
+    def head(self) -> str:
+        return self._head.head
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All entries, each line verified. Raises UserError as `verify_log`."""
+        walk = _Walk(keep=True)
+        walk.run(self.path, lock=False)  # this process holds it
+        return walk.entries
+
+    def append(self, event: str, **fields: Any) -> str:
+        """As `ChainedLog.append`."""
+        _check_names(fields)
+        self._head = _add(self.path, self._descriptor, self._head, event, fields)
+        return self._head.head
+
+
+def verified_entries(path: Path) -> list[dict[str, Any]]:
+    """All entries, each line verified, while nobody appends; none where there is no log yet. Writes nothing.
+
+    A killed append is read as the next one will mend it: a whole line that continues the chain counts, others do not.
+
+    Raises:
+        UserError: as `verify_log`.
+    """
+    if _read_head(path) is None and (not path.exists() or path.stat().st_size == 0):
+        return []
+    walk = _Walk(keep=True)
+    walk.run(path)
+    return walk.entries
 
 
 def verify_log(path: Path, anchor: str | None = None) -> Verified:
@@ -151,16 +200,22 @@ def audit_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class _Walk:
-    """One verification; `seen` holds what was found sound so far."""
+    """One verification; `seen` holds what was found sound so far.
 
-    def __init__(self) -> None:
+    Args:
+        keep: keep the entries, and take what a killed append left as the next append would mend it.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
         self.seen = Verified(0, GENESIS)
+        self.keep = keep
+        self.entries: list[dict[str, Any]] = []
 
-    def run(self, path: Path, anchor: str | None) -> None:
+    def run(self, path: Path, anchor: str | None = None, lock: bool = True) -> None:
         anchor = anchor and anchor.strip().lower()
         if anchor is not None and not _HEX.fullmatch(anchor):
             raise UserError(f"{anchor[:80]!r} is no head of a log: 64 hexadecimal digits are. Copy it anew.")
-        with _reading(path) as handle:
+        with _reading(path, lock) as handle:
             committed = _read_head(path)
             if committed is None:
                 raise _headless(path)
@@ -183,9 +238,12 @@ class _Walk:
             cut = f"it breaks off, and the head file knows {committed.count:,} whole lines"
             raise _fault(path, number, cut if len(line) <= MAX_LINE else f"it is longer than {MAX_LINE:,} bytes")
         try:
-            time = _parse(line, number, self.seen.head)["time"]
+            entry = _parse(line, number, self.seen.head)
         except ValueError as error:
             raise _fault(path, number, str(error)) from error
+        if self.keep:
+            self.entries.append(entry)
+        time = entry["time"]
         self.seen = Verified(number, _hash_in(line), self.seen.first or time, time)
 
     def _check_end(self, path: Path, committed: _Head, size: int, rest: bytes) -> None:
@@ -200,11 +258,19 @@ class _Walk:
                 f"{path}: its {self.seen.lines:,} lines hold together, but the head file names another end: one of the "
                 "two was changed or put back. Keep both as evidence."
             )
-        if rest:
+        if rest and self.keep:
+            if (line := _left_line(path, rest, committed)) is not None:
+                self._take(path, line, committed)
+        elif rest:
             raise UserError(
                 f"{path}: line {self.seen.lines + 1:,} and what follows ({_size(rest)} bytes) are not known to the "
                 "head file: an append was killed, which the next one mends, or they were added by hand."
             )
+
+
+def _check_names(fields: dict[str, Any]) -> None:
+    if taken := sorted(_RESERVED & set(fields)):
+        raise ValueError(f"the fields {taken} belong to the log itself")
 
 
 # --- a line -----------------------------------------------------------------------------------------------------------
@@ -381,16 +447,8 @@ def _mend(path: Path, descriptor: int, head: _Head) -> _Head:
     rest = os.pread(descriptor, MAX_LINE + 1, head.bytes)
     if not rest:
         return head
-    first, break_, more = rest.partition(b"\n")
-    line = first + break_
-    follows = bool(break_) and _continues(line, head)
-    if (follows and more) or len(rest) > MAX_LINE:
-        raise UserError(
-            f"{path}: holds more than one line that its head file ({head.count:,} lines) does not know: an older head "
-            "file was put back, or lines were added by hand. Nothing is added. Keep both files as evidence, moved "
-            "elsewhere; a new log begins then."
-        )
-    if follows:
+    line = _left_line(path, rest, head)
+    if line is not None:
         kept = _Head(head.count + 1, _hash_in(line), head.bytes + len(line))
         _write_head(path, kept)
         return kept
@@ -400,6 +458,24 @@ def _mend(path: Path, descriptor: int, head: _Head) -> _Head:
     except OSError as error:
         raise _refused(path, error) from error
     return _add(path, descriptor, head, "log_mended", {"cut_bytes": len(rest)})
+
+
+def _left_line(path: Path, rest: bytes, head: _Head) -> bytes | None:
+    """The whole line that a killed append left, if it is one that continues the chain.
+
+    Raises:
+        UserError: no kill leaves what is there.
+    """
+    first, break_, more = rest.partition(b"\n")
+    line = first + break_
+    follows = bool(break_) and _continues(line, head)
+    if (follows and more) or len(rest) > MAX_LINE:
+        raise UserError(
+            f"{path}: holds more than one line that its head file ({head.count:,} lines) does not know: an older head "
+            "file was put back, or lines were added by hand. Nothing is added. Keep both files as evidence, moved "
+            "elsewhere; a new log begins then."
+        )
+    return line if follows else None
 
 
 def _continues(line: bytes, head: _Head) -> bool:

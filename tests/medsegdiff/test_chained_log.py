@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -18,7 +19,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medsegdiff import chained_log, files
-from medsegdiff.chained_log import GENESIS, MAX_LINE, ChainedLog, audit_lines, audit_report, verify_log
+from medsegdiff.chained_log import (
+    GENESIS,
+    MAX_LINE,
+    ChainedLog,
+    audit_lines,
+    audit_report,
+    verified_entries,
+    verify_log,
+)
 from medsegdiff.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -549,3 +558,57 @@ def test_a_hundred_thousand_lines(tmp_path: Path) -> None:
         assert entry["run"] == "r"
     assert tracemalloc.get_traced_memory()[1] < 2_000_000
     tracemalloc.stop()
+
+
+# --- read, decide, append ---------------------------------------------------------------------------------------------
+
+
+def test_a_held_log_is_read_and_added_to_with_nobody_between(tmp_path: Path) -> None:
+    """Two threads count up by reading the last number: none is lost."""
+    path = tmp_path / "a"
+
+    def count_up() -> None:
+        for _ in range(20):
+            with ChainedLog(path).held() as log:
+                numbers = [entry["number"] for entry in log.entries()]
+                log.append("count", number=max(numbers, default=0) + 1)
+
+    threads = [threading.Thread(target=count_up) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [entry["number"] for entry in verified_entries(path)] == list(range(1, 61))
+    assert verify_log(path).head == ChainedLog(path).head
+
+
+def test_a_held_log_gives_only_what_is_verified(put, sound) -> None:
+    """An edited line that the last one does not show: held and verified_entries refuse it."""
+    lines = sound[0].splitlines(keepends=True)
+    path = put(b"".join([lines[0].replace(b"round", b"Round"), *lines[1:]]), sound[1])
+    with pytest.raises(UserError, match="line 1 is not as it was written"):
+        verified_entries(path)
+    with ChainedLog(path).held() as log, pytest.raises(UserError, match="line 1 is not as it was written"):
+        log.entries()
+    with ChainedLog(path).held() as log, pytest.raises(ValueError, match="belong"):
+        log.append("x", hash=1)
+
+
+def test_verified_entries_read_a_killed_append_as_the_next_one_mends_it(tmp_path: Path) -> None:
+    """A whole line counts, a torn one does not, two are a fault; nothing is written. No log: no entries."""
+    path = tmp_path / "a"
+    assert verified_entries(path) == []
+    log = filled(path, 2)
+    before, head = path.read_bytes(), head_of(path).read_bytes()
+    log.append("late")
+    late = path.read_bytes()[len(before) :]
+    log.append("later")
+    both = path.read_bytes()[len(before) :]
+    for left, count in ((late, 3), (late[:-1], 2), (b"", 2)):
+        path.write_bytes(before + left)
+        head_of(path).write_bytes(head)
+        assert len(verified_entries(path)) == count
+        assert path.read_bytes() == before + left
+    path.write_bytes(before + both)
+    with pytest.raises(UserError, match="more than one line"):
+        verified_entries(path)
