@@ -5,15 +5,19 @@ over all trained parameters at once, then summed. `PatientLoop` is the reference
 the fastest and smallest on a CPU. `VmapEngine` and `HooksEngine` take many patients at once, which a GPU may repay.
 
 Guarantees, of each engine:
-    Adding or removing one patient moves the sum by at most C: gradients are scaled and summed in float64, and the
-    scale is a hair (2**-40) below C / norm, more than float64 rounds.
+    A patient's part of the sum has a norm of at most C: gradients are scaled and summed in float64, and the scale is a
+    hair (2**-40) below C / norm, more than float64 rounds.
     A patient whose gradient is not finite counts as zero, whatever the others are.
     The network's weights, gradients and hooks are afterwards what they were before.
+Of the patient loop alone: no patient's part depends on who else was drawn. Where patients share a pass, the kernels
+chosen for its size may round the others' gradients differently (about 1e-6 of C each).
+
+Patients come as any iterable and are let go once they are summed: a large batch is never in memory as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -30,13 +34,13 @@ _SHAVE = 1 - 2.0**-40
 class Engine(Protocol):
     """Something that sums clipped per-patient gradients."""
 
-    def clipped_sum(self, network: nn.Module, loss: RowLoss, patients: Sequence[Rows], clip: float) -> Sums:
+    def clipped_sum(self, network: nn.Module, loss: RowLoss, patients: Iterable[Rows], clip: float) -> Sums:
         """The sum over patients; zeros where there is none.
 
         Args:
             network: its parameters that require a gradient are the ones counted.
             loss: of some rows, a mean.
-            patients: the rows of each.
+            patients: the rows of each, drawn as they are asked for.
             clip: C.
         """
         ...
@@ -52,7 +56,7 @@ class PatientLoop:
     def __init__(self, rows_at_once: int | None = None) -> None:
         self.rows_at_once = rows_at_once
 
-    def clipped_sum(self, network: nn.Module, loss: RowLoss, patients: Sequence[Rows], clip: float) -> Sums:
+    def clipped_sum(self, network: nn.Module, loss: RowLoss, patients: Iterable[Rows], clip: float) -> Sums:
         """The sum over patients (see `Engine`)."""
         trained = trained_parameters(network)
         sums = zero_sums(trained)
@@ -87,7 +91,7 @@ class VmapEngine:
     def __init__(self, at_once: int = 8) -> None:
         self.at_once = at_once
 
-    def clipped_sum(self, network: nn.Module, loss: RowLoss, patients: Sequence[Rows], clip: float) -> Sums:
+    def clipped_sum(self, network: nn.Module, loss: RowLoss, patients: Iterable[Rows], clip: float) -> Sums:
         """The sum over patients (see `Engine`)."""
         trained = trained_parameters(network)
         sums = zero_sums(trained)
@@ -100,7 +104,7 @@ class VmapEngine:
 
         # Dropout: masks of each patient's own, as the loop draws them.
         per_patient = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0), randomness="different")
-        for part in _of_equal_length(patients, self.at_once):
+        for part in _parts(patients, self.at_once, row_count):
             stacked = {name: torch.stack([rows[name] for rows in part]) for name in part[0]}
             found = per_patient(weights, stacked)
             _add_clipped(sums, {name: found[f"network.{name}"] for name in trained}, clip)
@@ -123,12 +127,11 @@ class HooksEngine:
     def __init__(self, at_once: int = 8) -> None:
         self.at_once = at_once
 
-    def clipped_sum(self, network: nn.Module, loss: RowLoss, patients: Sequence[Rows], clip: float) -> Sums:
+    def clipped_sum(self, network: nn.Module, loss: RowLoss, patients: Iterable[Rows], clip: float) -> Sums:
         """The sum over patients (see `Engine`)."""
         trained = trained_parameters(network)
         sums = zero_sums(trained)
-        for start in range(0, len(patients), self.at_once):
-            part = patients[start : start + self.at_once]
+        for part in _parts(patients, self.at_once):
             rows = {name: torch.cat([patient[name] for patient in part]) for name in part[0]}
             per_row = _row_gradients(network, loss, rows, trained)
             _add_clipped(sums, _fold(per_row, [row_count(patient) for patient in part]), clip)
@@ -201,14 +204,15 @@ class _LossModule(nn.Module):
         return self.loss(self.network, rows)
 
 
-def _of_equal_length(patients: Sequence[Rows], at_once: int) -> Iterator[list[Rows]]:
-    """Parts of at most `at_once` patients with as many rows each."""
-    by_count: dict[int, list[Rows]] = {}
+def _parts(patients: Iterable[Rows], at_once: int, kind: Callable[[Rows], int] = lambda _: 0) -> Iterator[list[Rows]]:
+    """Every patient once, in parts of at most `at_once` of the same kind."""
+    waiting: dict[int, list[Rows]] = {}
     for rows in patients:
-        by_count.setdefault(row_count(rows), []).append(rows)
-    for group in by_count.values():
-        for start in range(0, len(group), at_once):
-            yield group[start : start + at_once]
+        part = waiting.setdefault(kind(rows), [])
+        part.append(rows)
+        if len(part) == at_once:
+            yield waiting.pop(kind(rows))
+    yield from waiting.values()
 
 
 def _row_gradients(

@@ -4,12 +4,14 @@
 
 All that follows the noise is post-processing and costs no privacy: FedProx's pull, Adam's moments, weight decay,
 learning-rate schedules that count steps, averages of weights. What precedes it is never shown: a step returns nothing,
-for losses, norms, the fraction clipped and the number of patients drawn are all raw facts about patients.
+for losses, norms, the fraction clipped and the number of patients drawn are all raw facts about patients. So is the
+time that it takes, from which that number can be told: it stays at the site as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -91,14 +93,15 @@ class PrivateStep:
         """Whether its noise can be foretold: nothing that such a step trained may be released."""
         return self._may_be_foretold or type(self._entropy) is not SystemEntropy
 
-    def take(self, patients: Sequence[Rows]) -> None:
+    def take(self, patients: Iterable[Rows]) -> None:
         """One step on the patients drawn, none included.
 
         Raises:
             RuntimeError: the source of noise is not the operating system's, outside of tests.
         """
         self._check_source()
-        sums = self.engine.clipped_sum(self.network, self.loss, patients, self.policy.clip)
+        with self._dropout_stream():
+            sums = self.engine.clipped_sum(self.network, self.loss, patients, self.policy.clip)
         self._noise(sums)
         self.optimizer.zero_grad(set_to_none=True)
         for name, parameter in self.parameters.items():
@@ -111,6 +114,18 @@ class PrivateStep:
     def _check_source(self) -> None:
         if type(self._entropy) is not SystemEntropy and not self._may_be_foretold:
             raise RuntimeError("the noise of a private step must come from the operating system; no step was taken")
+
+    @contextmanager
+    def _dropout_stream(self) -> Iterator[None]:
+        """Dropout draws from torch's global generator: seeded from our source inside, left as it was outside.
+
+        With a seed that others know, one patient more would shift the masks of all that follow, by a known amount, and
+        so move the sum by more than C.
+        """
+        devices = sorted({p.device.index or 0 for p in self.parameters.values() if p.is_cuda})
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int.from_bytes(self._entropy.take(8), "little") >> 1)
+            yield
 
     def _noise(self, sums: Sums) -> None:
         add_noise(sums.values(), self.policy.sigma * self.policy.clip, self._entropy)
@@ -158,7 +173,7 @@ def take_steps(
     for number, chosen in enumerate(sampler.steps(count)):
         if before is not None:
             before(number)
-        step.take([rows(patient) for patient in chosen])
+        step.take(rows(patient) for patient in chosen)
 
 
 def released(delta: dict[str, Tensor], step: PrivateStep) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -105,7 +105,7 @@ class OwnSeed(PrivateStep):
 
 
 class Unclipped(PatientLoop):
-    def clipped_sum(self, network: nn.Module, loss: RowLoss, patients: Sequence[Rows], clip: float) -> Sums:
+    def clipped_sum(self, network: nn.Module, loss: RowLoss, patients: Iterable[Rows], clip: float) -> Sums:
         return super().clipped_sum(network, loss, patients, 1e12)
 
 

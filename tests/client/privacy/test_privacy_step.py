@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -42,6 +42,13 @@ def repeatable_step(net: nn.Module, loss: RowLoss = squared_error, seed: int = 0
     )
     policy = settings.pop("policy", POLICY)
     return PrivateStep.for_testing(net, loss, policy, optimizer, entropy=SeededEntropy(seed), **settings)
+
+
+def noise_source(seed: int) -> SeededEntropy:
+    """The source of a step's noise, after the eight bytes that seed its dropout."""
+    source = SeededEntropy(seed)
+    source.take(8)
+    return source
 
 
 def plain_net(seed: int = 0) -> faulty.Plain:
@@ -113,7 +120,7 @@ def test_an_empty_batch_is_noise_over_b_to_the_bit() -> None:
     policy = dataclasses.replace(POLICY, sigma=1.7, clip=0.3, batch=7)
     step = repeatable_step(net, seed=9, policy=policy)
     step.take([])
-    source = SeededEntropy(9)
+    source = noise_source(9)
     for parameter in step.parameters.values():
         expected = standard_normal(parameter.numel(), source).view(parameter.shape) * (1.7 * 0.3) / 7
         assert parameter.grad is not None
@@ -131,7 +138,7 @@ def test_a_step_is_the_sum_plus_noise_over_b(engine: Engine) -> None:
         own = copy.deepcopy(net)
         step = repeatable_step(own, seed=3, policy=policy, engine=engine)
         step.take(patients)
-        source = SeededEntropy(3)
+        source = noise_source(3)
         for name, parameter in step.parameters.items():
             noise = standard_normal(parameter.numel(), source).view(parameter.shape) * 0.5 * clip
             total = (expected[name] if expected else 0) + noise
@@ -248,7 +255,7 @@ def test_post_processing_follows_the_noise() -> None:
         for p in net.parameters():
             p.add_(100.0)  # far from the anchor: a pull of 50, many times C
     step.take([])
-    source = SeededEntropy(0)
+    source = noise_source(0)
     mirror = copy.deepcopy(start)
     with torch.no_grad():
         for p in mirror.parameters():
@@ -321,6 +328,54 @@ def test_what_testing_trained_is_not_released() -> None:
     assert released(delta, PrivateStep(net, squared_error, POLICY, torch.optim.SGD(net.parameters(), 1.0))) is delta
 
 
+def test_dropout_is_drawn_from_the_source_too() -> None:
+    """Known masks would shift with one patient more. Torch's generator neither decides them nor is moved."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(4, 4, 1))
+    policy = dataclasses.replace(POLICY, clip=1e6)  # no clipping: gradients tell the masks; and next to no noise
+    object.__setattr__(policy, "sigma", 1e-12)
+    found = []
+    for seed, make in ((5, True), (5, True), (6, True), (0, False), (0, False)):
+        own = copy.deepcopy(net)
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD(own.parameters(), 1.0)
+        step = (
+            repeatable_step(own, seed=seed, policy=policy, optimizer=optimizer)
+            if make
+            else PrivateStep(own, squared_error, policy, optimizer)
+        )
+        step.take(some_patients())
+        found.append(gradients(step)["2.weight"])
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2], rtol=1e-3)
+    assert not torch.allclose(found[3], found[4], rtol=1e-3)
+
+
+def test_patients_are_let_go_as_they_are_summed() -> None:
+    """A step never holds more of them than share a pass: a large batch fits whatever its size."""
+    import weakref
+
+    for engine, most in ((PatientLoop(), 2), (VmapEngine(2), 4), (HooksEngine(2), 4)):
+        alive: set[int] = set()
+        highest = 0
+
+        def people(alive: set[int] = alive) -> Iterator[Rows]:
+            nonlocal highest
+            for number in range(12):
+                rows = some_patients((2,), seed=number)[0]
+                alive.add(number)
+                weakref.finalize(rows["x"], alive.discard, number)
+                highest = max(highest, len(alive))
+                yield rows
+                del rows
+
+        repeatable_step(plain_net(), engine=engine).take(people())
+        assert highest <= most, engine
+
+
 # --- refusals at the start ---
 
 
@@ -350,9 +405,10 @@ class Counted(PrivateStep):
 
     seen: list[int]
 
-    def take(self, patients: Sequence[Rows]) -> None:
-        self.seen.append(len(patients))
-        super().take(patients)
+    def take(self, patients: Iterable[Rows]) -> None:
+        drawn = list(patients)
+        self.seen.append(len(drawn))
+        super().take(drawn)
 
 
 def counted(policy: PrivacyPolicy) -> Counted:

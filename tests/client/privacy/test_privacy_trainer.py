@@ -79,9 +79,10 @@ class Noted(PatientLoop):
         self.seen: list[list[int]] = []
 
     def clipped_sum(self, network, loss, patients, clip):  # type: ignore[no-untyped-def]
-        self.seen.append([len(rows["masks"]) for rows in patients])
+        drawn = list(patients)
+        self.seen.append([len(rows["masks"]) for rows in drawn])
         assert network.training
-        return super().clipped_sum(network, loss, patients, clip)
+        return super().clipped_sum(network, loss, drawn, clip)
 
 
 def test_steps_rows_and_rates(
