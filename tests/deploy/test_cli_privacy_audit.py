@@ -35,7 +35,7 @@ def site(tmp_path: Path) -> Path:
 
 def test_it_passes_and_says_what_that_means(app: typer.Typer) -> None:
     """Exit code 0: the claim, the bound and what it is not."""
-    result = CliRunner().invoke(app, ["--canaries", "200"])
+    result = CliRunner().invoke(app, ["--canaries", "100"])
     assert result.exit_code == 0
     assert "20 steps with sigma 4.67 and q 0.5 are (2, 1e-05)-private" in result.output
     assert "with 95% confidence" in result.output
@@ -52,9 +52,9 @@ def test_json_of_a_site(app: typer.Typer, site: Path, monkeypatch: pytest.Monkey
         return real(policy, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(auditing, "audit", noted)
-    result = CliRunner().invoke(app, ["--site", str(site), "--canaries", "200", "--json"])
+    result = CliRunner().invoke(app, ["--site", str(site), "--canaries", "100", "--json"])
     found = json.loads(result.output)
-    assert (result.exit_code, found["passed"], found["canaries"]) == (0, True, 200)
+    assert (result.exit_code, found["passed"], found["canaries"]) == (0, True, 100)
     assert found["claim"]["epsilon"] == 2.0
     assert seen == [(POLICY, "cpu")]
 

@@ -39,6 +39,12 @@ class Plain(nn.Module):
         return out
 
 
+def plain_net(seed: int = 0) -> Plain:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Plain()
+
+
 class WithBatchNorm(Plain):
     def __init__(self) -> None:
         super().__init__()

@@ -124,7 +124,7 @@ def no_clipping(
         (TorchNoise, "replay"),
         pytest.param(NumpyNoise, "replay", marks=pytest.mark.slow),
         pytest.param(PythonNoise, "replay", marks=pytest.mark.slow),
-        (OwnSeed, "replay"),
+        pytest.param(OwnSeed, "replay", marks=pytest.mark.slow),
     ],
 )
 def test_sabotaged_steps_are_caught(sabotage: object, attack: str) -> None:
@@ -151,6 +151,7 @@ class TooOften(PoissonSampler):
         return self.often.steps(count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [Shuffled, TooOften])
 def test_samplers_that_are_not_poisson_are_caught(sampler: object) -> None:
     """Batches of one size, and a rate above q."""
@@ -203,8 +204,9 @@ def test_without_delta_it_is_the_binomial_tail(guesses: int, right: int, epsilon
 def test_with_delta_it_is_the_theorem(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> None:
     """beta + 2 m delta alpha with alpha = max_i P[v - i <= V < v] / i, in the plainest loop."""
     each = 1 / (1 + math.exp(-epsilon))
-    beta = sum(binom.pmf(k, guesses, each) for k in range(right, guesses + 1))
-    alpha = max(sum(binom.pmf(k, guesses, each) for k in range(right - i, right)) / i for i in range(1, right + 1))
+    mass = [float(value) for value in binom.pmf(range(guesses + 1), guesses, each)]
+    beta = sum(mass[right:])
+    alpha = max(sum(mass[right - i : right]) / i for i in range(1, right + 1))
     expected = min(1.0, beta + 2 * canaries * delta * alpha)
     assert refutation_p_value(canaries, guesses, right, epsilon, delta) == pytest.approx(expected, rel=1e-6)
 

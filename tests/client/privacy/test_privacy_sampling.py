@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import random
 
 import numpy as np
@@ -177,3 +178,24 @@ def test_the_systems_entropy_has_nothing_to_set() -> None:
         SystemEntropy().seed = 3  # type: ignore[attr-defined]
     assert SystemEntropy().take(32) != SystemEntropy().take(32)
     assert len(SystemEntropy().take(7)) == 7
+
+
+@pytest.mark.parametrize("count", [1, 4096, 4097, 100_000])
+def test_many_bytes_are_as_good_as_few(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as asked, evenly spread, new ones each time; beyond 4 KiB under a new key of 256 bits for each call."""
+    asked: list[int] = []
+    system = os.urandom
+
+    def noted(number: int) -> bytes:
+        asked.append(number)
+        return system(number)
+
+    monkeypatch.setattr(os, "urandom", noted)
+    first, second = SystemEntropy().take(count), SystemEntropy().take(count)
+    assert len(first) == len(second) == count
+    assert asked == 2 * ([count] if count <= 4096 else [32, 16])
+    if count > 1:
+        assert first != second
+        assert np.mean(np.frombuffer(first, np.uint8) == np.frombuffer(second, np.uint8)) < 0.02
+    if count > 50_000:
+        assert chisquare(np.bincount(np.frombuffer(first, np.uint8), minlength=256)).pvalue > 1e-9

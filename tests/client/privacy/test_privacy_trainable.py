@@ -21,7 +21,13 @@ from medsegdiff.weights import weight_shapes
 from tests.client.privacy.rows import BASE, OPTIONS, POLICY, network, patient, row_loss
 
 ATTENTIVE = {name: config for name, config in OPTIONS.items() if config.attention_levels}
-attentive = pytest.mark.parametrize("config", ATTENTIVE.values(), ids=ATTENTIVE)
+attentive = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=[] if name in ("default", "all") else pytest.mark.slow)
+        for name, config in ATTENTIVE.items()
+    ],
+)
 EVERYTHING = TrainableSet(rank=3, norms=True, biases=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:Full backward hook is firing")
