@@ -126,12 +126,15 @@ def _draw_noise(network: MedSegDiff, device: torch.device) -> None:
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Seconds: the clock's on a GPU; of processor time on a CPU, where others may be at work beside us."""
+    if device.type != "cuda":
+        started = time.process_time()
+        work()
+        return time.process_time() - started
+    torch.cuda.synchronize(device)
     started = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    torch.cuda.synchronize(device)
     return time.perf_counter() - started
 
 
@@ -152,7 +155,7 @@ def _with_earlier(result: Answer, name: str) -> Answer:
     """The result with the cases of an earlier call on the same machine that this one has not measured (again)."""
     path = RESULTS / f"{name}.json"
     earlier: Answer = json.loads(path.read_text()) if path.is_file() else {}
-    if any(earlier.get(key) != result[key] for key in ("what", "hardware", "precision")):
+    if any(earlier.get(key) != result[key] for key in ("what", "hardware", "precision", "clock")):
         return result
     measured = {_key(case) for case in result["cases"]}
     return result | {"cases": [c for c in earlier["cases"] if _key(c) not in measured] + result["cases"]}
@@ -184,6 +187,7 @@ def main() -> None:
         "what": "a private step over a plain one, by gradient engine; 64 px; sides in turns",
         "hardware": machine,
         "precision": arguments.precision,
+        "clock": "wall" if device.type == "cuda" else "processor time of the process",
         "cases": [],
     }
     rounds, patients = (1, 2) if arguments.quick else (arguments.rounds, PATIENTS)

@@ -37,7 +37,7 @@ def test_earlier_cases_are_kept_on_the_same_machine(tmp_path: Path, monkeypatch:
         return {"model": model, "slices": 1, "draws": 1, "patients": 8, "value": value}
 
     def result(cpu: str, *cases: dict[str, object]) -> dict[str, object]:
-        return {"what": "w", "hardware": {"cpu": cpu}, "precision": "fp32", "cases": list(cases)}
+        return {"what": "w", "hardware": {"cpu": cpu}, "precision": "fp32", "clock": "wall", "cases": list(cases)}
 
     monkeypatch.setattr(private_step, "RESULTS", tmp_path)
     (tmp_path / "private_step.json").write_text(json.dumps(result("a", case("x", 1), case("y", 1))))
