@@ -52,6 +52,14 @@ def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def weight_decay_groups(parameters: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, object]]:
+    """Weight decay on kernels alone: it would pull FF-Parser maps from the identity and norms from 1."""
+    kernels = [p for name, p in parameters.items() if name.endswith("weight") and p.dim() >= 2]
+    chosen = {id(p) for p in kernels}
+    rest = [p for p in parameters.values() if id(p) not in chosen]
+    return [{"params": kernels, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
 class Trainer:
     """AdamW on the diffusion loss.
 
@@ -99,7 +107,8 @@ class Trainer:
         self.device = next(iter(self.parameters.values())).device
         self.loader = Loader(self._draw, self.device)
         self.anchor = [p.detach().clone() for p in self.parameters.values()] if proximal_mu > 0 else []
-        self.optimizer = torch.optim.AdamW(self._groups(), lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+        groups = weight_decay_groups(self.parameters, config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
         # The function, not the module: a compiled module renames every tensor of its state_dict.
         self._loss = torch.compile(denoising_loss) if compile else denoising_loss
 
@@ -261,16 +270,6 @@ class Trainer:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(derive_seed(self.seed, "dropout", step))
             yield
-
-    def _groups(self) -> list[dict[str, object]]:
-        """Weight decay on kernels alone: it would pull FF-Parser maps from the identity and norms from 1."""
-        kernels = [p for name, p in self.parameters.items() if name.endswith("weight") and p.dim() >= 2]
-        chosen = {id(p) for p in kernels}
-        rest = [p for p in self.parameters.values() if id(p) not in chosen]
-        return [
-            {"params": kernels, "weight_decay": self.config.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
 
     @torch.no_grad()
     def _add_proximal_gradient(self) -> None:

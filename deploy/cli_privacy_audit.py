@@ -1,0 +1,89 @@
+"""`medsegfed privacy audit`: proof, as far as a test can give it, that the installed private step is private.
+
+The group that it belongs to registers it: `privacy_app.command("audit")(cli_privacy_audit.audit)`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medsegdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from client.privacy.audit import Verdict
+    from client.privacy.policy import PrivacyPolicy
+
+REFUTED = 1  # exit code of an audit that the installed program did not pass
+
+
+def audit(
+    site: Annotated[Path | None, typer.Option(help="A site's folder: its clip, batch and device are used.")] = None,
+    canaries: Annotated[int, typer.Option(min=100, max=20_000, help="Patients made up for the audit.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train on canaries with the installed program and try to tell which took part; exit code 1 if that succeeds.
+
+    No patient of the site is read, nothing of its budget is spent, and nothing is sent. Takes seconds on a CPU.
+
+    Example: medsegfed privacy audit --site /etc/medsegfed
+    """
+    from client.privacy import audit as auditing
+    from medsegdiff.devices import choose_device
+    from medsegdiff.strict import plain
+
+    policy, device = _site_policy(site) if site is not None else (_stand_in(), "cpu")
+    verdict = auditing.audit(policy, canaries=canaries, device=choose_device(device))
+    if as_json:
+        typer.echo(json.dumps(plain(verdict) | {"passed": verdict.passed}, indent=1, allow_nan=False))
+    else:
+        typer.echo("\n".join(_lines(verdict)))
+    if not verdict.passed:
+        raise typer.Exit(REFUTED)
+
+
+def _site_policy(folder: Path) -> tuple[PrivacyPolicy, str | int]:
+    """The privacy section of a site's configuration, and its device."""
+    from client.privacy.policy import PrivacyPolicy
+    from medsegdiff.strict import load_yaml, parse_config
+
+    path = folder / "site.yaml"
+    content = load_yaml(path)
+    section = content.get("privacy") if isinstance(content, dict) else None
+    if section is None:
+        raise UserError(
+            f"{path}: has no privacy section, so there is no policy to audit. Write one, or leave --site out to audit "
+            "the installed program with stand-in values."
+        )
+    device = content.get("device", "auto")
+    if not isinstance(device, (str, int)):
+        raise UserError(f"{path}: device must be a name or a number, found {device!r}. Mend that line.")
+    return parse_config(section, PrivacyPolicy, f"{path}: privacy"), device
+
+
+def _stand_in() -> PrivacyPolicy:
+    """Any C and B: what is audited does not depend on them, if it is right."""
+    from client.privacy.policy import PrivacyPolicy
+
+    return PrivacyPolicy(epsilon=2.0, delta=1e-5, sigma=5.0, q=0.5, clip=1.0, batch=100, steps=20, rounds=1)
+
+
+def _lines(verdict: Verdict) -> list[str]:
+    claim = verdict.claim
+    lines = [
+        f"Claim: {claim.steps} steps with sigma {claim.sigma:g} and q {claim.q:g} are ({claim.epsilon:g}, "
+        f"{claim.delta:g})-private for a patient (add or remove one).",
+        f"Told right: {verdict.right} of {verdict.guesses} guesses about {verdict.canaries} canaries.",
+        f"Epsilon is at least {verdict.epsilon_at_least:.2f}, with {verdict.confidence:.0%} confidence.",
+        f"Sampler: {verdict.inclusion:.4f} of patients drawn a step, {claim.q:g} claimed (p = "
+        f"{verdict.inclusion_p:.2g}, of the batch sizes' spread p = {verdict.spread_p:.2g}).",
+    ]
+    if verdict.passed:
+        return [*lines, "Passed: nothing refutes the claim. That is no proof; see the exact tests of client/privacy."]
+    what = "more is known of the canaries than the claim allows"
+    if verdict.epsilon_at_least <= claim.epsilon:
+        what = "patients are not drawn as the accountant assumes"
+    return [*lines, f"REFUTED: {what}. Take part in no private run with this program; install it anew and repeat."]
