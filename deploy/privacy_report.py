@@ -11,7 +11,8 @@ from rich.text import Text
 from client.privacy.accounting import Epsilon
 from client.privacy.ledger import Account, Spent, check_noted, ledger_path, spent
 from client.privacy.planning import Plan
-from deploy.joining import SITE_AUDIT, SITE_CONFIG
+from deploy.joining import SITE_CONFIG
+from medsegdiff.chained_log import AUDIT_LOG
 from medsegdiff.errors import UserError
 
 ROWS = 40  # of the table, unless all are asked for
@@ -65,7 +66,7 @@ def open_account(site: Path, anchor: str | None = None) -> tuple[Account, Spent 
         UserError: the folder is no site's, or the ledger is not sound.
     """
     _check_site(site)
-    account = check_noted(ledger_path(site), site / SITE_AUDIT, anchor)
+    account = check_noted(ledger_path(site), site / AUDIT_LOG, anchor)
     if account.ceiling is None:
         return account, None
     return account, spent(account.history, account.order, account.changed, account.ceiling.delta)

@@ -24,7 +24,11 @@ LOOPBACK = "127.0.0.1"
 # glibc learns from the first 5 MiB piece of a message that is freed to keep the next ones for itself: a process that
 # moves models holds several of them for good. Above this size memory goes back when it is freed. Not for what trains:
 # the tensors of every step would be asked for anew.
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "MALLOC_ARENA_MAX": "2"}
+GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": str(128 * 2**10),
+    "MALLOC_TRIM_THRESHOLD_": str(128 * 2**10),
+    "MALLOC_ARENA_MAX": "2",
+}
 
 
 def environment(flower_home: Path, **more: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from client.privacy import accounting, ledger
 from client.privacy.accounting import Mechanism, epsilon
 from client.privacy.ledger import Ceiling, Ledger, frozen_delta, ledger_path
 from client.privacy.renyi import renyi_epsilon
-from deploy.joining import SITE_AUDIT
+from medsegdiff.chained_log import AUDIT_LOG
 
 Run = Callable[..., tuple[int, str, str]]
 PLAN = ("privacy", "plan", "--patients", 40, "--epsilon", 1, "--delta", "1e-3", "--rounds", 2, "--steps-per-round", 6)
@@ -32,7 +32,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "st-mary"
     folder.mkdir()
     (folder / "site.yaml").write_text("name: st-mary\ndata: data\n")
-    book = Ledger(ledger_path(folder), Ceiling(3.0, 1e-5), folder / SITE_AUDIT)
+    book = Ledger(ledger_path(folder), Ceiling(3.0, 1e-5), folder / AUDIT_LOG)
     for number in range(3):
         book.commit(book.reserve("first[bold]", number, 6.0, 0.1, 20), 20 - number)
     book.reserve("second", 0, 6.0, 0.1, 30)
@@ -102,7 +102,7 @@ def test_a_ledger_is_shown(medsegfed: Run, site: Path, monkeypatch: pytest.Monke
 
 def test_a_changed_schedule_is_said(medsegfed: Run, site: Path) -> None:
     """The filter and its order are named."""
-    Ledger(ledger_path(site), Ceiling(3.0, 1e-5), site / SITE_AUDIT).reserve("third", 0, 8.0, 0.2, 5)
+    Ledger(ledger_path(site), Ceiling(3.0, 1e-5), site / AUDIT_LOG).reserve("third", 0, 8.0, 0.2, 5)
     code, out, _ = medsegfed("ledger", "show", "--site", site)
     assert code == 0
     assert "schedule was changed: Renyi filter of order" in out
@@ -110,7 +110,7 @@ def test_a_changed_schedule_is_said(medsegfed: Run, site: Path) -> None:
 
 def test_a_long_ledger_shows_its_end(medsegfed: Run, site: Path) -> None:
     """And says how many are left out; --all shows them."""
-    book = Ledger(ledger_path(site), Ceiling(3.0, 1e-5), site / SITE_AUDIT)
+    book = Ledger(ledger_path(site), Ceiling(3.0, 1e-5), site / AUDIT_LOG)
     for number in range(45):
         book.reserve("third", number, 6.0, 0.1, 1)
     assert "the last 40; 9 before them" in medsegfed("ledger", "show", "--site", site)[1]
@@ -155,7 +155,7 @@ def test_verify_tells_sound_from_edited_and_rolled_back(medsegfed: Run, site: Pa
     assert "FAULT" in out
     assert medsegfed("ledger", "show", "--site", site)[0] == 2
     path.write_bytes(kept[0])
-    Ledger(path, Ceiling(3.0, 1e-5), site / SITE_AUDIT).reserve("second", 1, 6.0, 0.1, 30)
+    Ledger(path, Ceiling(3.0, 1e-5), site / AUDIT_LOG).reserve("second", 1, 6.0, 0.1, 30)
     path.write_bytes(kept[0])
     head.write_bytes(kept[1])
     code, out, _ = medsegfed("ledger", "verify", "--site", site)
