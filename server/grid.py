@@ -8,6 +8,7 @@ a declared size is looked at before anything is allocated, and an answer that ca
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import ErrorCode
@@ -43,6 +45,7 @@ from client.contract import ContractError
 
 WORKERS = 2  # that push pieces at the same time
 MOST_PARTS = 64  # of an answer beside the pieces of its arrays
+SWEEP_BYTES = 16 * 2**20  # moved between two looks for what is left of requests
 PIECE_BYTES = 5 * 2**20  # Flower's pieces of an array
 DEEPEST = 5  # message, records, record, array, piece
 
@@ -131,21 +134,52 @@ class BoundedGrid:
         if len(names) > MOST_PARTS + 2 * self.largest // PIECE_BYTES:
             return {}
         pull = make_pull_object_fn_protobuf(self._grid._runtime_client.PullObject, self._grid.node, self._run_id)
-        return pull_objects(names, pull)
+        sweep = _Sweep()
+
+        def pull_and_sweep(name: str) -> bytes:
+            content: bytes = pull(name)
+            sweep.after(len(content))
+            return content
+
+        contents = pull_objects(names, pull_and_sweep)
+        sweep.end()
+        return contents
 
 
 def _push(objects: dict[str, InflatableObject], wanted: set[str], push: Callable[[str, bytes], None]) -> None:
     """Send what is wanted; no more than `WORKERS` pieces are bytes at a time."""
     waiting = iter([name for name in objects if name in wanted])
+    sweep = _Sweep()
 
     def work() -> None:
         with no_object_id_recompute():
             for name in waiting:  # a list's iterator gives each name to one thread
-                push(name, objects[name].deflate())
+                content = objects[name].deflate()
+                push(name, content)
+                sweep.after(len(content))
 
     with ThreadPoolExecutor(WORKERS) as workers:
         for future in [workers.submit(work) for _ in range(WORKERS)]:
             future.result()
+    sweep.end()
+
+
+class _Sweep:
+    """Has httpx' requests and answers go, which refer to themselves: Python looks for such ones by their number, and a
+    few of them hold a model."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def after(self, size: int) -> None:
+        self.bytes += size
+        if self.bytes > SWEEP_BYTES:
+            self.end()
+
+    def end(self) -> None:
+        if self.bytes > PIECE_BYTES:
+            gc.collect()
+        self.bytes = 0
 
 
 @dataclass
@@ -155,7 +189,7 @@ class _Contents:
     left: dict[str, bytes]
     room: int  # bytes that arrays may still take
     joined: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, bytearray] = field(default_factory=dict)  # of arrays
+    data: dict[str, memoryview] = field(default_factory=dict)  # of arrays
 
 
 def join(object_id: str, contents: dict[str, bytes], largest: int) -> Message:
@@ -196,7 +230,7 @@ def _join(object_id: str, contents: _Contents, depth: int) -> Any:
     return found
 
 
-def _array(content: bytes, children: list[str], contents: _Contents) -> tuple[Array, bytearray]:
+def _array(content: bytes, children: list[str], contents: _Contents) -> tuple[Array, memoryview]:
     """An array without its data, and these: pieces moved into one buffer, each freed when it is not needed again."""
     said = json.loads(get_object_body(content, Array))
     pieces = [children[number] for number in said["arraychunk_ids"]]
@@ -205,7 +239,8 @@ def _array(content: bytes, children: list[str], contents: _Contents) -> tuple[Ar
     if size > contents.room:
         raise ContractError(f"its arrays have more than {contents.room} bytes")
     contents.room -= size
-    uses, data, end = Counter(pieces), bytearray(size), 0
+    # Not a bytearray: it writes zeros first, and so takes its memory before a piece has given up any.
+    uses, data, end = Counter(pieces), np.empty(size, np.uint8).data, 0
     for piece in pieces:
         body = bodies[piece]
         data[end : end + len(body)] = body
