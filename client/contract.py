@@ -290,7 +290,7 @@ def arrays_to_wire(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 def arrays_from_wire(record: ArrayRecord, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """One raw array as the tensors it holds, checked before anything is allocated.
 
-    Tensors share the array's memory where that may be written (an answer as server/grid.py joins it), else they have their own.
+    Tensors share the array's memory where that may be written (as server/grid.py joins an answer), or have their own.
 
     Args:
         expected: the exact names and shapes.

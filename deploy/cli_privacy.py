@@ -11,20 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
+from deploy import cli_privacy_audit
+
 app = typer.Typer(no_args_is_help=True)
 privacy_app = typer.Typer(no_args_is_help=True, help="Patient-level differential privacy.")
 ledger_app = typer.Typer(no_args_is_help=True, help="What a site's patients have spent of their privacy.")
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(ledger_app, name="ledger")
+privacy_app.command("audit")(cli_privacy_audit.audit)
 
 SiteOption = Annotated[Path, typer.Option("--site", help="The site's folder, which holds site.yaml.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw epsilon into this PNG file.")]
-
-
-@privacy_app.callback()
-def privacy_() -> None:  # with a single verb Typer would drop its name
-    """Patient-level differential privacy."""
 
 
 @privacy_app.command("plan")

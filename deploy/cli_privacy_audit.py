@@ -1,17 +1,11 @@
-"""`medsegfed privacy audit`: proof, as far as a test can give it, that the installed private step is private.
-
-The group that it belongs to registers it: `privacy_app.command("audit")(cli_privacy_audit.audit)`.
-"""
+"""`medsegfed privacy audit`: proof, as far as a test can give it, that the installed private step is private."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from medsegdiff.errors import UserError
 
 if TYPE_CHECKING:
     from client.privacy.audit import Verdict
@@ -21,7 +15,7 @@ REFUTED = 1  # exit code of an audit that the installed program did not pass
 
 
 def audit(
-    site: Annotated[Path | None, typer.Option(help="A site's folder: its clip, batch and device are used.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or part of a GPU's name.")] = "cpu",
     canaries: Annotated[int, typer.Option(min=100, max=20_000, help="Patients made up for the audit.")] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -29,39 +23,19 @@ def audit(
 
     No patient of the site is read, nothing of its budget is spent, and nothing is sent. Takes seconds on a CPU.
 
-    Example: medsegfed privacy audit --site /etc/medsegfed
+    Example: medsegfed privacy audit --device cuda
     """
     from client.privacy import audit as auditing
     from medsegdiff.devices import choose_device
     from medsegdiff.strict import plain
 
-    policy, device = _site_policy(site) if site is not None else (_stand_in(), "cpu")
-    verdict = auditing.audit(policy, canaries=canaries, device=choose_device(device))
+    verdict = auditing.audit(_stand_in(), canaries=canaries, device=choose_device(device))
     if as_json:
         typer.echo(json.dumps(plain(verdict) | {"passed": verdict.passed}, indent=1, allow_nan=False))
     else:
         typer.echo("\n".join(_lines(verdict)))
     if not verdict.passed:
         raise typer.Exit(REFUTED)
-
-
-def _site_policy(folder: Path) -> tuple[PrivacyPolicy, str | int]:
-    """The privacy section of a site's configuration, and its device."""
-    from client.privacy.policy import PrivacyPolicy
-    from medsegdiff.strict import load_yaml, parse_config
-
-    path = folder / "site.yaml"
-    content = load_yaml(path)
-    section = content.get("privacy") if isinstance(content, dict) else None
-    if section is None:
-        raise UserError(
-            f"{path}: has no privacy section, so there is no policy to audit. Write one, or leave --site out to audit "
-            "the installed program with stand-in values."
-        )
-    device = content.get("device", "auto")
-    if not isinstance(device, (str, int)):
-        raise UserError(f"{path}: device must be a name or a number, found {device!r}. Mend that line.")
-    return parse_config(section, PrivacyPolicy, f"{path}: privacy"), device
 
 
 def _stand_in() -> PrivacyPolicy:

@@ -1,9 +1,8 @@
-"""`medsegfed privacy audit` as a command: what it prints, its exit codes, and what it reads of a site."""
+"""`medsegfed privacy audit` as a command: what it prints, and its exit codes."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import typer
@@ -14,10 +13,6 @@ from client.privacy.policy import PrivacyPolicy
 from client.privacy.step import PrivateStep
 from deploy import cli_privacy_audit
 from medsegdiff.errors import UserError
-from medsegdiff.strict import dump_yaml, plain
-
-POLICY = PrivacyPolicy(epsilon=8.0, delta=1e-5, sigma=2.0, q=0.1, clip=0.25, batch=16, steps=10, rounds=20)
-SITE = {"name": "st-mary", "data": "data", "device": "cpu", "privacy": plain(POLICY)}
 
 
 @pytest.fixture
@@ -25,12 +20,6 @@ def app() -> typer.Typer:
     made = typer.Typer()
     made.command("audit")(cli_privacy_audit.audit)
     return made
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Path:
-    (tmp_path / "site.yaml").write_text(dump_yaml(SITE))
-    return tmp_path
 
 
 def test_it_passes_and_says_what_that_means(app: typer.Typer) -> None:
@@ -42,21 +31,23 @@ def test_it_passes_and_says_what_that_means(app: typer.Typer) -> None:
     assert "Passed: nothing refutes the claim. That is no proof" in result.output
 
 
-def test_json_of_a_site(app: typer.Typer, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The site's clip, batch and device are what is audited."""
+def test_json_on_a_device(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is the one that was named; one that is not there is told."""
     seen = []
     real = auditing.audit
 
     def noted(policy: PrivacyPolicy, **options: object) -> auditing.Verdict:
-        seen.append((policy, str(options["device"])))
+        seen.append(str(options["device"]))
         return real(policy, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(auditing, "audit", noted)
-    result = CliRunner().invoke(app, ["--site", str(site), "--canaries", "100", "--json"])
+    result = CliRunner().invoke(app, ["--device", "cpu", "--canaries", "100", "--json"])
     found = json.loads(result.output)
     assert (result.exit_code, found["passed"], found["canaries"]) == (0, True, 100)
     assert found["claim"]["epsilon"] == 2.0
-    assert seen == [(POLICY, "cpu")]
+    assert seen == ["cpu"]
+    result = CliRunner().invoke(app, ["--device", "Riva 128"])
+    assert isinstance(result.exception, UserError)
 
 
 def test_a_program_that_adds_no_noise_is_refuted(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,20 +56,3 @@ def test_a_program_that_adds_no_noise_is_refuted(app: typer.Typer, monkeypatch: 
     result = CliRunner().invoke(app, ["--canaries", "300"])
     assert result.exit_code == 1
     assert "REFUTED: more is known of the canaries than the claim allows" in result.output
-
-
-@pytest.mark.parametrize(
-    ("section", "told"),
-    [
-        (None, "has no privacy section"),
-        (plain(POLICY) | {"sigma": 0.0}, "sigma must lie in"),
-        (plain(POLICY) | {"sigmas": 1}, "unknown key"),
-    ],
-)
-def test_a_site_without_a_policy(app: typer.Typer, tmp_path: Path, section: object, told: str) -> None:
-    """One line that names the file; nothing is audited in its place."""
-    (tmp_path / "site.yaml").write_text(dump_yaml(SITE | {"privacy": section}))
-    result = CliRunner().invoke(app, ["--site", str(tmp_path)])
-    assert isinstance(result.exception, UserError)
-    assert told in str(result.exception)
-    assert "site.yaml" in str(result.exception)
