@@ -298,11 +298,19 @@ def report(
     from rich.console import Console
 
     from deploy.federation import open_federation
+    from deploy.incidents import incidents
     from deploy.runs import run_of
+    from server.journal import read_events
     from server.outcome import write_federation_report
     from server.report import summary_table
 
-    result, html = write_federation_report(run_of(open_federation(folder).runs, name))
+    federation = open_federation(folder)
+    try:
+        failed = incidents(read_events(federation.state / "supervisor.jsonl"))
+    except UserError as error:  # a run's report does not hang on the supervisor's journal
+        typer.echo(f"what failed on this machine is left out: {error}", err=True)
+        failed = []
+    result, html = write_federation_report(run_of(federation.runs, name), failed)
     if as_json:
         typer.echo(json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False))
         return

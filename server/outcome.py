@@ -23,10 +23,12 @@ from server.journal import Event, read_events
 from server.report import write_report
 from server.report_text import plural
 from server.rounds import (
+    ENDED,
     absences,
     committed_rounds,
     history,
     released_hash,
+    run_incidents,
     run_state,
     scored_rounds,
     site_seconds,
@@ -37,10 +39,14 @@ from server.rounds import (
 PROGRAMS = ("medsegfed", "torch", "flwr", "python")  # in this order; a site that names others has them after these
 
 
-def write_federation_report(folder: Path) -> tuple[dict[str, Any], Path]:
+def write_federation_report(folder: Path, incidents: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, Any], Path]:
     """Write report.json, metrics.csv and report.html into a run folder; equal files give equal bytes.
 
     The folder is read only, apart from the three files: the run may go on while its report is made.
+
+    Args:
+        incidents: of the server's processes (time, what, done, seconds); those during the run stand in the report,
+            beside what the journal itself tells.
 
     Returns:
         The report, and the path of report.html.
@@ -57,8 +63,19 @@ def write_federation_report(folder: Path) -> tuple[dict[str, Any], Path]:
             f"{folder / 'journal.jsonl'}: an event has not the fields this version knows ({type(error).__name__}: "
             f"{error}); no report was written. Use the version of medsegfed that the run was made with."
         ) from error
+    report["incidents"] = _incidents(events, incidents)
     report["notes"] += _model_notes(folder / "model.safetensors", report)
     return report, write_report(folder, report)
+
+
+def _incidents(events: Sequence[Event], others: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if not events:
+        return []
+    first, last = float(events[0]["time"]), float(events[-1]["time"])
+    if run_state(events) not in ENDED:
+        last = math.inf
+    during = [dict(incident) for incident in others if first <= incident["time"] <= last]
+    return sorted(run_incidents(events) + during, key=lambda incident: float(incident["time"]))
 
 
 def federation_report(plan: RunPlan, events: Sequence[Event]) -> dict[str, Any]:

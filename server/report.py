@@ -14,6 +14,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,7 @@ def _page(report: Report, examples: Sequence[Example]) -> str:
         participation=_participation(report),
         refused=any(site.refusals for site in report.sites.values()),
         begun=report.unfinished is None or report.unfinished.committed > 0,
+        incidents=_incidents(report),
         settings=_settings(report),
         dash=text.NONE,
         epsilon=any(site.epsilon is not None for site in report.sites.values()),
@@ -284,6 +286,18 @@ def _participation(report: Report) -> list[dict[str, str]]:
         }
         for name, site in report.sites.items()
         if site.absent_rounds or site.rejected_rounds or site.suspended_rounds or site.refusals or site.faults
+    ]
+
+
+def _incidents(report: Report) -> list[dict[str, str]]:
+    return [
+        {
+            "when": f"{datetime.fromtimestamp(found.time, UTC):%Y-%m-%d %H:%M:%S}",
+            "what": found.what,
+            "done": found.done if found.seconds is not None else "not yet",
+            "after": f"{found.seconds:.0f} s" if found.seconds is not None else text.NONE,
+        }
+        for found in report.incidents
     ]
 
 

@@ -142,6 +142,16 @@ class Progress(Strict):
 
 
 @dataclass(frozen=True)
+class Incident(Strict):
+    """What failed during a run of a real federation, and what came of it."""
+
+    time: float  # seconds since 1970
+    what: str
+    done: str
+    seconds: Positive | None  # until it was done; None: not yet, or nobody knows
+
+
+@dataclass(frozen=True)
 class Report(Strict):
     """The whole of report.json. `model`, `strategy`, `software` and `hardware` may hold further settings."""
 
@@ -163,6 +173,7 @@ class Report(Strict):
     notes: tuple[str, ...]
     cross_site: CrossSite | None = None
     progress: Progress | None = None
+    incidents: tuple[Incident, ...] = ()
 
     def __post_init__(self) -> None:
         for key, wanted in (("model", ("preset", "parameters")), ("strategy", ("name",)), ("seconds", ("total",))):

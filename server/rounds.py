@@ -112,6 +112,45 @@ def site_seconds(events: Sequence[Event], over_sites: Callable[[list[float]], fl
     return math.fsum(training), math.fsum(scoring)
 
 
+def run_incidents(events: Iterable[Event]) -> list[dict[str, Any]]:
+    """What befell a run: waiting below the quorum, a disk that refused, a lost line, a round that was made again.
+
+    Returns:
+        In order: time (seconds since 1970), what, done, and the seconds until it was (None: not yet).
+    """
+    told: list[dict[str, Any]] = []
+    waits: dict[str, list[dict[str, Any]]] = {}  # kind of event that ends incidents -> the incidents
+    seen: set[int] = set()
+    for event in events:
+        kind, time = event["event"], float(event["time"])
+        for mended in waits.pop(kind, []):
+            mended["seconds"] = round(max(0.0, time - mended["time"]), 1)
+        if kind == "paused":
+            who = ", ".join(f"{site} ({why})" for site, why in sorted(event["absent"].items()))
+            found = _incident(time, f"round {event['round']} waited for {who}", "went on by itself")
+            waits.setdefault("resumed", []).append(found)
+        elif kind == "interrupted":
+            found = _incident(time, str(event["reason"]), "taken up again")
+            waits.setdefault("session", []).append(found)
+        elif kind == "lost":
+            found = _incident(time, f"{event['site']} lost its line", "asked again")
+            waits.setdefault("round", []).append(found)
+        elif kind == "round" and event["round"] in seen:
+            found = _incident(time, f"the checkpoint of round {event['round']} was damaged", "made again, the same")
+            found["seconds"] = 0.0
+        else:
+            found = None
+        if kind == "round":
+            seen.add(event["round"])
+        if found is not None:
+            told.append(found)
+    return told
+
+
+def _incident(time: float, what: str, done: str) -> dict[str, Any]:
+    return {"time": time, "what": what, "done": done, "seconds": None}
+
+
 def working_seconds(events: Iterable[Event], now: float | None = None) -> float:
     """Seconds of all sessions, without pauses and without the time between a session's last event and the next one.
 

@@ -252,3 +252,23 @@ def test_the_head_counts_what_a_built_network_has() -> None:
     """The number of parameters, counted without allocating, is that of the network that is trained."""
     plan = plan_of()
     assert describe_run(plan)["model"]["parameters"] == parameter_count(build(plan.task.card).network)
+
+
+def test_what_failed_during_the_run_stands_in_its_report(tmp_path) -> None:
+    """Of the server's processes what fell into the run's time; on the page, escaped, in the order of time."""
+    events = story(3)
+    first, last = events[0]["time"], events[-1]["time"]
+    others = [
+        {"time": first - 1, "what": "before", "done": "started again", "seconds": 1.0},
+        {"time": first + 2.5, "what": "superlink: <signal 9>", "done": "started again", "seconds": 4.0},
+        {"time": last + 1, "what": "after", "done": "started again", "seconds": None},
+    ]
+    report, html = write_federation_report(write_run(tmp_path, events), others)
+    times = [row["time"] for row in report["incidents"]]
+    assert times == sorted(times)
+    assert others[1] in report["incidents"]
+    assert not {"before", "after"} & {row["what"] for row in report["incidents"]}
+    assert "superlink: &lt;signal 9&gt;" in html.read_text()
+    assert "What failed, and what came of it" in html.read_text()
+    unfinished, _ = write_federation_report(write_run(tmp_path / "more", events[:-1], model=False), others)
+    assert "after" in {row["what"] for row in unfinished["incidents"]}

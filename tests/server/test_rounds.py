@@ -12,6 +12,7 @@ from server.rounds import (
     committed_rounds,
     history,
     round_seconds,
+    run_incidents,
     run_state,
     site_seconds,
     traffic,
@@ -90,3 +91,28 @@ def test_no_clock_makes_a_time_negative(steps) -> None:
     events = [told(kind, time, round=1) for kind, time in steps]
     assert working_seconds(events) >= 0
     assert all(seconds >= 0 for seconds in round_seconds(events))
+
+
+def test_what_befell_a_run_is_told_with_what_it_cost() -> None:
+    """A wait, a full disk, two lost lines that one round mends, a round made again; what is not over has no seconds."""
+    events = [
+        told("session"),
+        told("round", BEGIN + 1, round=1, model_hash="a"),
+        told("paused", BEGIN + 10, round=2, need=2, absent={"elm": "absent", "birch": "not-approved"}),
+        told("resumed", BEGIN + 40),
+        told("lost", BEGIN + 41, site="elm"),
+        told("lost", BEGIN + 42, site="birch"),
+        told("round", BEGIN + 50, round=2, model_hash="b"),
+        told("interrupted", BEGIN + 60, reason="no space"),
+        told("session", BEGIN + 75.5),
+        told("round", BEGIN + 80, round=2, model_hash="b"),
+        told("paused", BEGIN + 90, round=3, need=2, absent={"elm": "absent"}),
+    ]
+    assert [(row["time"] - BEGIN, row["what"], row["done"], row["seconds"]) for row in run_incidents(events)] == [
+        (10, "round 2 waited for birch (not-approved), elm (absent)", "went on by itself", 30.0),
+        (41, "elm lost its line", "asked again", 9.0),
+        (42, "birch lost its line", "asked again", 8.0),
+        (60, "no space", "taken up again", 15.5),
+        (80, "the checkpoint of round 2 was damaged", "made again, the same", 0.0),
+        (90, "round 3 waited for elm (absent)", "went on by itself", None),
+    ]
