@@ -12,7 +12,7 @@ import pytest
 
 from medsegdiff.chained_log import verify_log
 from medsegdiff.weights import hash_weights, load_model
-from tests.e2e.federation.conftest import PATIENCE, SITES, FirstRun, Scene
+from tests.e2e.federation.conftest import PATIENCE, ROUNDS, SITES, FirstRun, Scene
 from tests.e2e.federation.network import ADDRESSES, PROXY_INSIDE, PROXY_PORT, SERVER, Loopback, Namespaces
 
 
@@ -29,10 +29,10 @@ def audit(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
 
 
-def test_three_rounds_with_all_three_sites(scene: Scene, first_run: FirstRun) -> None:
+def test_all_rounds_with_all_three_sites(scene: Scene, first_run: FirstRun) -> None:
     """Every round counted every site's update once; nobody was absent, rejected or a stranger."""
     rounds = [event for event in first_run.events if event["event"] == "round" and event["round"]]
-    assert [event["round"] for event in rounds] == [1, 2, 3]
+    assert [event["round"] for event in rounds] == list(range(1, ROUNDS + 1))
     assert all(sorted(event["accepted"]) == sorted(SITES) for event in rounds)
     assert all(not event["absent"] and not event["rejected"] for event in rounds)
     assert {event["event"] for event in first_run.events} & {"stranger", "rejected", "below_quorum", "failed"} == set()
@@ -51,7 +51,7 @@ def test_what_nobody_approved_is_refused_at_both_ends(scene: Scene, first_run: F
         assert (events[0]["event"], events[0]["decision"]) == ("refused", "not-approved")
         approved = [e["event"] for e in events].index("approved")
         assert {e["event"] for e in events[:approved]} == {"refused"}
-        assert [e["round"] for e in events if e["event"] == "update"] == [1, 2, 3]
+        assert [e["round"] for e in events if e["event"] == "update"] == list(range(1, ROUNDS + 1))
 
 
 def test_each_site_calls_one_address_and_port(apart: Namespaces, scene: Scene, first_run: FirstRun) -> None:
@@ -103,8 +103,8 @@ def test_a_run_stops_within_seconds_and_goes_on(first_run: FirstRun) -> None:
     assert first_run.stop_seconds < 15
     assert first_run.stopped[-1]["event"] == "stopped"
     done = [event["round"] for event in first_run.stopped if event["event"] == "round"]
-    assert 1 <= max(done) < 3
-    assert [e["round"] for e in first_run.events if e["event"] == "round"] == [0, 1, 2, 3]
+    assert 1 <= max(done) < ROUNDS
+    assert [e["round"] for e in first_run.events if e["event"] == "round"] == list(range(ROUNDS + 1))
     assert [e["event"] for e in first_run.events].count("session") == 2
 
 
@@ -148,5 +148,5 @@ def test_the_report_is_written(scene: Scene, report: Any) -> None:
     """report.json and report.html of the finished run stand in its folder."""
     folder = scene.stage.server / "runs" / "first"
     assert json.loads((folder / "report.json").read_text()) == report
-    assert (report["run"], report["rounds"], report["engine"]) == ("first", 3, "network")
+    assert (report["run"], report["rounds"], report["engine"]) == ("first", ROUNDS, "network")
     assert (folder / "report.html").stat().st_size > 1000

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.proto import fleet_pb2, heartbeat_pb2
 from flwr.proto.message_pb2 import ObjectTree
 
@@ -95,9 +95,11 @@ class Duel:
 def duel(scene: Scene) -> Iterator[Duel]:
     """The run, its two members introduced."""
     stage = scene.stage
+    # Mallory goes on after any number of rejections, and whatever is crafted may be as large as it likes.
+    patient = {"norm_factor": None, "strikes": 1000}
     run = stage.run_file(
-        scene.recipe, "hostile", HANDMADE,
-        rounds=100, quorum=1, evaluate_every=100, deadline_seconds=DEADLINE, absence_seconds=DEADLINE, **QUICK,
+        scene.recipe, "hostile", HANDMADE, rounds=100, quorum=1, evaluate_every=100, deadline_seconds=DEADLINE,
+        absence_seconds=DEADLINE, screening=patient, **QUICK,
     )  # fmt: skip
     for node in scene.nodes.values():
         node.activate()
@@ -166,9 +168,46 @@ def heavy(node: HandmadeNode, content: RecordDict) -> RecordDict:
     return told(node, content, patients=ENROLLED + 1)
 
 
+class Bomb(Array):
+    """An array that names its one piece a hundred thousand times: half a megabyte on the wire, gigabytes unpacked."""
+
+    __qualname__ = "Array"  # what Flower takes for an object's kind
+
+    def deflate(self) -> bytes:
+        head, _, body = super().deflate().partition(bytes(1))
+        said = json.dumps(json.loads(body) | {"arraychunk_ids": [0] * 100_000}).encode()
+        return head.rsplit(b" ", 1)[0] + f" {len(said)}".encode() + bytes(1) + said
+
+
+def bomb(node: HandmadeNode, content: RecordDict) -> RecordDict:
+    (array,) = content.array_records["delta"].values()
+    record = ArrayRecord()
+    record["packed"] = Bomb(array.dtype, array.shape, array.stype, array.data)
+    content["delta"] = record
+    return content
+
+
+class Wreck(Bomb):
+    """An array whose words are none."""
+
+    __qualname__ = "Array"
+
+    def deflate(self) -> bytes:
+        return super().deflate()[:-20]
+
+
+def wreck(node: HandmadeNode, content: RecordDict) -> RecordDict:
+    content = bomb(node, content)
+    array = content.array_records["delta"]["packed"]
+    content.array_records["delta"]["packed"] = Wreck(array.dtype, array.shape, array.stype, array.data)
+    return content
+
+
 @pytest.mark.parametrize(
     ("forge", "reason"),
     [
+        (bomb, "its arrays have more than"),
+        (wreck, "it cannot be read"),
         (unsigned, "it holds the records"),
         (other_arrays, "not the ones that were signed"),
         (heavy, f"claims {ENROLLED + 1} training patients, {ENROLLED} are enrolled"),
