@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from client.contract import Assignment, Scores, Update, arrays_from_wire, arrays_to_wire, to_wire
+from client.contract import Assignment, Scores, arrays_from_wire, arrays_to_wire, to_wire
 from medsegdiff.errors import UserError
 from medsegdiff.labels import LabelScheme
 from medsegdiff.progress import Progress, report
@@ -140,15 +140,14 @@ class FederatedAveraging(Strategy):
 
     def _train(self, round_: int) -> Iterator[tuple[str, Message]]:
         assert self.exchange is not None
-        return self.exchange.ask(
-            MessageType.TRAIN, round_, self._records(MessageType.TRAIN, round_), self._enough, self.plan.absence_seconds
-        )
+        kind, records = MessageType.TRAIN, self._records(MessageType.TRAIN, round_)
+        return self.exchange.ask(kind, round_, records, self._enough, self.plan.absence_seconds)
 
     def _evaluate(self, round_: int) -> Iterator[tuple[str, Message]]:
         """Scores of whoever is there: nobody is waited for."""
         assert self.exchange is not None
-        records = self._records(MessageType.EVALUATE, round_)
-        return self.exchange.ask(MessageType.EVALUATE, round_, records, lambda: True, 0.0)
+        kind = MessageType.EVALUATE
+        return self.exchange.ask(kind, round_, self._records(kind, round_), lambda: True, 0.0)
 
     def _enough(self) -> bool:
         return self._usable >= self._required(self._round)
@@ -161,10 +160,17 @@ class FederatedAveraging(Strategy):
         """
         if before := self._sites_before(round_):
             return len(before)
+        least = self.plan.strategy.least_updates(self._found_out(round_))
         if self.plan.quorum is not None or self.membership is None or self.exchange is None:
-            return self.plan.required
+            return max(least, self.plan.quorum or len(self.plan.roster))
         counting = (site for site in self.plan.roster if site not in self._rejected)
-        return max(self.plan.strategy.least_updates, sum(self.exchange.is_member(site) for site in counting))
+        return max(least, sum(self.exchange.is_member(site) for site in counting))
+
+    def _found_out(self, round_: int) -> int:
+        """Sites left out for what they sent, now or (in a simulation) before: they are of the rule's f."""
+        before = self.journal.last("round", round=round_)
+        rejected = self._rejected if before is None else before["rejected"]
+        return len(rejected) + len(suspended_in(self.committed.record))
 
     # --- Flower's interface -------------------------------------------------------------------------------------------
 
@@ -213,7 +219,7 @@ class FederatedAveraging(Strategy):
                 self._reject(round_, outcome)
                 continue
             self._usable += 1
-            update: Update = outcome.update
+            update = outcome.update
             said = {"patients": update.patients, "delta": update.delta_hash, "decision": "accepted"}
             self._note("update", round_, site, **said)
             accepted[site] = told_update(update, outcome.norm)
@@ -326,7 +332,7 @@ class FederatedAveraging(Strategy):
         moved: dict[str, int],
     ) -> None:
         last = self.committed
-        change = aggregate.result(last.state.get(CENTRE, {}))
+        change = aggregate.result(last.state.get(CENTRE, {}), self._found_out(round_))
         weights, state = server_step(self.plan.strategy, last.weights, change, last.state, round_)
         if self.plan.strategy.rule == "centred_clip":
             state[CENTRE] = change
@@ -347,8 +353,8 @@ class FederatedAveraging(Strategy):
                 f"was damaged, it comes out as {record['model_hash'][:12]}, and later rounds stand on the first. "
                 "Restore the run's checkpoints from a backup, or start a new run."
             )
-        most, simulated = self.plan.screening.strikes, self.membership is None
-        record |= strikes_record(last.record, accepted, rejected, most, simulated, before)
+        most = self.plan.screening.strikes
+        record |= strikes_record(last.record, accepted, rejected, most, self.membership is None, before)
         checkpoint = Checkpoint(self.plan.run_id, round_, weights, record, state)
         self.store.save(checkpoint)
         self.committed = checkpoint
