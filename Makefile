@@ -16,7 +16,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo federation chaos test-federation test check bench real setup clean
+.PHONY: demo federation chaos test-federation test check bench attack-poison real setup clean
 
 setup: $(READY)
 
@@ -80,7 +80,14 @@ bench: $(READY) $(PEERS)/.ready
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.aggregation
 	@if [ -e $(RUN)/report.json ]; then $(BIN)/python -m benchmarks.overhead $(RUN); fi
+
+# One malicious site of five against every rule (docs/aggregation.md): a quarter of an hour, on from where it was.
+ATTACKS ?= runs/attacks
+
+attack-poison: $(READY)
+	$(BIN)/python -m benchmarks.attacks --out $(ATTACKS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) build *.egg-info

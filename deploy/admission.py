@@ -195,6 +195,25 @@ def revoke(federation: Federation, site: str, reason: str, now: datetime | None 
     return members[site]
 
 
+def lift(federation: Federation, site: str) -> Member:
+    """Let a suspended site take part again, with the keys and certificates it has.
+
+    Raises:
+        UserError: there is no such site, it is not suspended, or the disk refuses.
+    """
+    with edit_members(federation.members_file) as members:
+        if site not in members:
+            raise UserError(
+                f"there is no site {site[:80]!r}; nothing was lifted. Members: {', '.join(members) or 'none yet'}."
+            )
+        if members[site].status != "suspended":
+            back = " It comes back with new keys: medsegfed join." if members[site].status == "revoked" else ""
+            raise UserError(f"{site} is {members[site].status}, not suspended; nothing was lifted.{back}")
+        members[site] = replace(members[site], status="admitted")
+    federation.audit().append("site_lifted", site=site)
+    return members[site]
+
+
 def write_revocations(
     federation: Federation, authority: Authority, members: Mapping[str, Member], now: datetime
 ) -> None:

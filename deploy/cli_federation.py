@@ -152,6 +152,22 @@ def revoke(
     )
 
 
+@app.command()
+def lift(
+    site: Annotated[str, typer.Argument(help="Which site.")],
+    folder: FederationOption = HERE,
+) -> None:
+    """Let a site take part again that a run suspended, for too many rejected updates in a row.
+
+    Example: medsegfed lift st-mary
+    """
+    from deploy.admission import lift as lift_site
+    from deploy.federation import open_federation
+
+    lift_site(open_federation(folder), site)
+    typer.echo(f"{site} takes part again, within seconds in a run that is under way.")
+
+
 # --- the long-running ends --------------------------------------------------------------------------------------------
 
 

@@ -168,6 +168,10 @@ def _site_metrics(sites: Mapping[str, Mapping[str, Any]]) -> Iterator[Metric]:
     yield _by(
         GaugeMetricFamily, "site_last_seen_seconds", "Seconds since a site's last answered request.", ("site",), seen
     )
+    out = {name: float(site["status"] == "suspended") for name, site in sites.items() if site["status"] is not None}
+    yield _by(
+        GaugeMetricFamily, "site_suspended", "1 for a site that is suspended: medsegfed lift.", ("site",), out
+    )  # fmt: skip
     dice = {name: site["dice"] for name, site in sites.items()}
     yield _by(
         GaugeMetricFamily,

@@ -233,6 +233,8 @@ _WORDS: dict[str, Callable[[Event], str]] = {
     "site": lambda e: f"{e['site']} is here: {e['train_patients']} training and {e['test_patients']} test patients",
     "refused": lambda e: f"{e['site']} refuses: {e.get('reason') or e['code']}",
     "rejected": lambda e: f"round {e['round']}: {e['site']} is left out: {e['reason']}",
+    "suspended": lambda e: f"{e['site']} is suspended: {e['strikes']} updates in a row were rejected",
+    "selected": lambda e: f"the model of round {e['round']} of {e['rounds']} is handed out, the best by {e['by']}",
     "stranger": lambda e: f"a message is left out: {e['reason']}",
     "left": lambda e: f"{e['site']} is no member any more",
     "lost": lambda e: f"{e['site']} lost its line",

@@ -73,13 +73,20 @@ class StrategyConfig(Strict):
 
         refuse_unsound(Features.of(self))
 
-    @property
-    def least_updates(self) -> int:
-        """Updates below which the rule cannot bear `byzantine` malicious ones: 2 f + 1, for Krum 2 f + 3."""
-        f = self.byzantine
+    def least_updates(self, known: int = 0) -> int:
+        """Updates below which the rule cannot bear its malicious sites: 2 f + 1, for Krum 2 f + 3.
+
+        Args:
+            known: how many of the `byzantine` were found out, and have no update among them.
+        """
+        f = self.left(known)
         return {"median": 2 * f + 1, "trimmed_mean": 2 * f + 1, "centred_clip": 2 * f + 1, "multi_krum": 2 * f + 3}.get(
             self.rule, 1
         )
+
+    def left(self, known: int) -> int:
+        """Malicious sites that may still be among the updates when so many were left out."""
+        return max(0, self.byzantine - known)
 
     def stated(self) -> dict[str, Any]:
         """Name, proximal_mu and whatever differs from the defaults: what the run's identity and its report tell."""
@@ -226,10 +233,10 @@ class RunPlan(Strict):
             raise ValueError(f"quorum must lie in 1..{len(self.roster)} (the number of sites), found {self.quorum}")
         _check_pace(self.evaluate_every, self.deadline_seconds, self.absence_seconds)
         _check_wave(self.wave)
-        if len(self.roster) < self.strategy.least_updates:
+        if len(self.roster) < self.strategy.least_updates():
             raise ValueError(
                 f"strategy.rule {self.strategy.rule} with byzantine {self.strategy.byzantine} needs at least "
-                f"{self.strategy.least_updates} sites, the run has {len(self.roster)}"
+                f"{self.strategy.least_updates()} sites, the run has {len(self.roster)}"
             )
 
     @property
@@ -265,7 +272,7 @@ class RunPlan(Strict):
     @property
     def required(self) -> int:
         """Updates without which a round does not count."""
-        return max(self.quorum if self.quorum is not None else len(self.roster), self.strategy.least_updates)
+        return max(self.quorum if self.quorum is not None else len(self.roster), self.strategy.least_updates())
 
 
 _PATIENCE: dict[str, Any] = {"quorum": None, "deadline_seconds": 3600.0, "absence_seconds": 120.0}

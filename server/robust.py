@@ -44,7 +44,7 @@ class StreamedMean:
         """Fold one update. Raises AggregationOverflow as `FixedPointSum.add`."""
         self._sum.add(delta, 1 if self._alike else n)
 
-    def result(self, centre: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def result(self, centre: Mapping[str, Tensor], known: int = 0) -> dict[str, Tensor]:
         """The mean update, float32."""
         return self._sum.take_mean()
 
@@ -95,22 +95,23 @@ class SpilledRule:
         self._files[site] = path
         self._weights[site] = 1 if self.config.weighting == "equal" else n
 
-    def result(self, centre: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def result(self, centre: Mapping[str, Tensor], known: int = 0) -> dict[str, Tensor]:
         """The rule's value, float32.
 
         Args:
             centre: the last round's result, where centred_clip begins; empty before the first.
+            known: malicious sites that were found out and have no update here; so many less are to be borne.
 
         Raises:
             ValueError: fewer updates than the rule can work with (`StrategyConfig.least_updates`).
         """
-        due = self.config.least_updates
+        due, f = self.config.least_updates(known), self.config.left(known)
         if len(self._files) < due:
             raise ValueError(f"{self.config.rule}: {len(self._files)} updates, {due} are needed")
         rules: dict[str, Callable[[], NDArray[np.float32]]] = {
             "median": self._median,
-            "trimmed_mean": self._trimmed_mean,
-            "multi_krum": self._multi_krum,
+            "trimmed_mean": lambda: self._trimmed_mean(f),
+            "multi_krum": lambda: self._multi_krum(f),
             "norm_clip": self._norm_clip,
             "centred_clip": lambda: self._centred_clip(centre),
         }
@@ -138,17 +139,16 @@ class SpilledRule:
             found[part] = rows[middle] if odd else (rows[middle - 1] + rows[middle]) / 2
         return found
 
-    def _trimmed_mean(self) -> NDArray[np.float32]:
+    def _trimmed_mean(self, f: int) -> NDArray[np.float32]:
         found = np.empty(self.size, np.float32)
-        f = self.config.byzantine
         for part, rows in self._blocks():
             rows.sort(axis=0)
             found[part] = rows[f : len(rows) - f].mean(axis=0)
         return found
 
-    def _multi_krum(self) -> NDArray[np.float32]:
+    def _multi_krum(self, f: int) -> NDArray[np.float32]:
         chosen = np.zeros(len(self._files))
-        chosen[krum_choice(self._distances(), self.config.byzantine)] = 1
+        chosen[krum_choice(self._distances(), f)] = 1
         return self._combine(chosen / chosen.sum())
 
     def _norm_clip(self) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -150,20 +151,15 @@ class FederatedAveraging(Strategy):
 
     def _train(self, round_: int) -> Iterator[tuple[str, Message]]:
         assert self.exchange is not None
-        return self.exchange.ask(
-            MessageType.TRAIN,
-            round_,
-            lambda: self._records(MessageType.TRAIN, round_),
-            self._enough,
-            self.plan.absence_seconds,
-        )
+        kind = MessageType.TRAIN
+        records = partial(self._records, kind, round_)
+        return self.exchange.ask(kind, round_, records, self._enough, self.plan.absence_seconds)
 
     def _evaluate(self, round_: int) -> Iterator[tuple[str, Message]]:
         """Scores of whoever is there: nobody is waited for."""
         assert self.exchange is not None
-        return self.exchange.ask(
-            MessageType.EVALUATE, round_, lambda: self._records(MessageType.EVALUATE, round_), lambda: True, 0.0
-        )
+        kind = MessageType.EVALUATE
+        return self.exchange.ask(kind, round_, partial(self._records, kind, round_), lambda: True, 0.0)
 
     def _enough(self) -> bool:
         return self._usable >= self._required(self._round)
@@ -176,10 +172,17 @@ class FederatedAveraging(Strategy):
         """
         if before := self._sites_before(round_):
             return len(before)
+        least = self.plan.strategy.least_updates(self._found_out(round_))
         if self.plan.quorum is not None or self.membership is None or self.exchange is None:
-            return self.plan.required
+            return max(least, self.plan.quorum or len(self.plan.roster))
         counting = (site for site in self.plan.roster if site not in self._rejected)
-        return max(self.plan.strategy.least_updates, sum(self.exchange.is_member(site) for site in counting))
+        return max(least, sum(self.exchange.is_member(site) for site in counting))
+
+    def _found_out(self, round_: int) -> int:
+        """Sites left out for what they sent, now or (in a simulation) before: they are of the rule's f."""
+        before = self.journal.last("round", round=round_)
+        rejected = self._rejected if before is None else before["rejected"]
+        return len(rejected) + len(suspended_in(self.committed.record))
 
     # --- Flower's interface -------------------------------------------------------------------------------------------
 
@@ -382,7 +385,7 @@ class FederatedAveraging(Strategy):
     def _step(self, aggregate: Aggregate, round_: int) -> tuple[dict[str, Tensor], State]:
         """The next model and the optimizer's memory; what they were made of is gone with the return."""
         last = self.store.at(self.committed)
-        change = aggregate.result(last.state.get(CENTRE, {}))
+        change = aggregate.result(last.state.get(CENTRE, {}), self._found_out(round_))
         weights, state = server_step(self.plan.strategy, last.weights, change, last.state, round_)
         if self.plan.strategy.rule == "centred_clip":
             state[CENTRE] = change

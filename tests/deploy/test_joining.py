@@ -30,7 +30,7 @@ from client.keys import SiteKeys, node_key_header
 from client.policy import SitePolicy
 from client.site import SiteConfig
 from deploy import admission
-from deploy.admission import admit, read_request, revoke
+from deploy.admission import admit, lift, read_request, revoke
 from deploy.authority import list_number
 from deploy.documents import compose_request
 from deploy.federation import Federation, init_federation, open_federation
@@ -709,6 +709,29 @@ def test_a_suspended_site_stays_so_when_admitted_again(federation: Federation, s
         members["alder"] = replace(members["alder"], status="suspended")
     admit(federation, make_request(site, "alder", 12).request)
     assert federation.members()["alder"].status == "suspended"
+
+
+def test_a_suspended_site_is_lifted(federation: Federation, site: Path) -> None:
+    """With its keys and certificates; only a suspended one; the audit log has it."""
+    from dataclasses import replace
+
+    from server.members import edit_members
+
+    join(federation, site)
+    before = federation.members()["alder"]
+    with pytest.raises(UserError, match="alder is admitted, not suspended; nothing was lifted"):
+        lift(federation, "alder")
+    with edit_members(federation.members_file) as members:
+        members["alder"] = replace(members["alder"], status="suspended")
+    assert lift(federation, "alder") == before == federation.members()["alder"]
+    assert events(federation)[-1] == "site_lifted"
+    revoke(federation, "alder", "left")
+    with pytest.raises(
+        UserError, match=r"alder is revoked, not suspended; nothing was lifted\. It comes back with new"
+    ):
+        lift(federation, "alder")
+    with pytest.raises(UserError, match=r"there is no site 'elder'.*Members: alder"):
+        lift(federation, "elder")
 
 
 def test_the_kits_certificate_is_the_registers(federation: Federation, site: Path, kit: Path) -> None:

@@ -204,6 +204,15 @@ def test_revoked_sites_are_not_admitted(federation) -> None:
     assert (one(found, "sites_admitted"), one(found, "sites_online")) == (2, 0)
 
 
+def test_a_suspended_site_is_told(federation) -> None:
+    """1 for it, 0 for the others, until it is lifted."""
+    with edit_members(federation.members_file) as members:
+        members["elm"] = members["elm"].__class__(**{**vars(members["elm"]), "status": "suspended"})
+    found = scrape(federation)
+    assert [one(found, "site_suspended", site=site) for site in ("alder", "birch", "elm")] == [0, 0, 1]
+    assert one(found, "sites_admitted") == 2
+
+
 def test_names_and_texts_keep_the_conventions(federation) -> None:
     """Prefix, lower case, a unit or none, `_total` on counters alone, a sentence of help for each, no name twice."""
     supervise(federation, gateway={})

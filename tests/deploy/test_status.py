@@ -448,6 +448,8 @@ def test_watching_as_json_is_an_object_a_line(federation) -> None:
             "2 updates are needed: elm (not-approved)",
         ),
         (told("refused", 0, site="elm", code="not-approved"), "elm refuses: not-approved"),
+        (told("suspended", 0, round=3, site="elm", strikes=3), "elm is suspended: 3 updates in a row were rejected"),
+        (told("selected", 0, round=7, rounds=9, by="worst"), "the model of round 7 of 9 is handed out, the best by"),
         (told("stopped", 0), "stopped"),
         (told("failed", 0, reason=HOSTILE), "failed: ?[31mred[bold] line"),
         (told("finished", 0), "finished"),  # a field is missing: the event's name remains

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from server import aggregation
 from server.aggregation import SCALE_BITS, AggregationOverflow, FixedPointSum, apply_update
 
 WEIGHTS = st.floats(-1e4, 1e4, width=32)
@@ -50,6 +51,48 @@ def test_the_order_of_arrival_changes_no_bit(updates, data) -> None:
     """Any permutation of the same updates gives the same float32 bits."""
     shuffled = data.draw(st.permutations(updates))
     assert bits(fold(updates).mean()["w"]) == bits(fold(shuffled).mean()["w"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    updates=st.lists(
+        st.tuples(st.lists(st.floats(-(2.0**15), 2.0**15, width=32), min_size=7, max_size=7), st.integers(1, 400)),
+        min_size=1,
+        max_size=5,
+    ),
+    block=st.sampled_from([1, 3, 2**16]),
+)
+@example(updates=[([2.0**-37, 3 * 2.0**-37, 2.0**15, 1e-12, 0.0, -(2.0**-37), 65535.0 / 2], 1)] * 2, block=3)
+def test_every_bit_is_that_of_exact_integers(updates, block) -> None:
+    """Python's own integers and fractions, half to even: below 2**52, where float64 holds the sums, across it, above,
+    and whatever the size of a block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aggregation, "BLOCK", block)
+        total = FixedPointSum({"w": (7,)})
+        for values, n in updates:
+            total.add({"w": torch.tensor(values)}, n)
+        found = total.mean()["w"]
+    n = sum(weight for _, weight in updates)
+    sums = [sum(round(Fraction(v[i]) * w * 2**SCALE_BITS) for v, w in updates) for i in range(7)]
+    wanted = torch.tensor([float(value) / (n * 2.0**SCALE_BITS) for value in sums], dtype=torch.float64).float()
+    assert bits(found) == bits(wanted)
+
+
+def test_a_refused_update_leaves_no_trace_in_any_block(monkeypatch) -> None:
+    """The blocks before the one that does not fit are taken back, also when the sums turned into int64 on the way."""
+    monkeypatch.setattr(aggregation, "BLOCK", 2)
+    total, alone = FixedPointSum({"w": (6,)}), FixedPointSum({"w": (6,)})
+    good = torch.tensor([0.1, -0.2, 0.3, 1e-9, 5.0, -7.0])
+    for one in (total, alone):
+        one.add({"w": good}, 3)
+    for bad in (float("nan"), float("inf"), 2.0**30, -(2.0**40)):
+        update = torch.tensor([1e3, 2.0**14, 3e4, -1.0, 1.0, bad])
+        with pytest.raises(AggregationOverflow):
+            total.add({"w": update}, 7)
+        assert bits(total.mean()["w"]) == bits(alone.mean()["w"])
+    for one in (total, alone):
+        one.add({"w": good * 0.7}, 5)
+    assert bits(total.mean()["w"]) == bits(alone.mean()["w"])
 
 
 def test_a_float32_sum_would_depend_on_the_order() -> None:

@@ -250,6 +250,21 @@ def test_too_few_updates_and_wrong_weights_are_refused(tmp_path) -> None:
         taken.add("b", delta, 0)
 
 
+def test_who_was_found_out_is_borne_no_more(tmp_path) -> None:
+    """Of f = 1 one was rejected: the rules work on what is left as with f = 0, and need no more than that."""
+    given_ = updates(4)
+    for rule, wanted in (
+        ("trimmed_mean", slow_trimmed_mean(rows(given_), 0)),
+        ("multi_krum", rows(given_).mean(axis=0)),
+    ):
+        taken = SpilledRule(StrategyConfig(rule=rule), SHAPES, tmp_path / "spilled")
+        for site, delta in given_.items():
+            taken.add(site, delta, 1)
+        np.testing.assert_allclose(flat(taken.result({}, known=1)), wanted, rtol=1e-6, atol=1e-7)
+    assert StrategyConfig(rule="multi_krum", byzantine=2).least_updates(1) == 5
+    assert StrategyConfig(rule="multi_krum", byzantine=1).least_updates(7) == 3
+
+
 def test_a_full_disk_is_told(tmp_path) -> None:
     """A file stands where the folder should: one line with the bytes that were due."""
     (tmp_path / "file").write_text("")
