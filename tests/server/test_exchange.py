@@ -14,7 +14,6 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
-from google.protobuf.message import DecodeError
 
 from client.contract import REFUSED, Invitation, Presence, arrays_to_wire, from_wire, to_wire
 from medsegdiff.errors import UserError
@@ -26,8 +25,7 @@ from server.config import RunPlan
 from server.exchange import Exchange, RunStopped
 from server.journal import Journal
 from server.strategy import FederatedAveraging
-from simulations.inline import InlineGrid
-from tests.fake_sites import FakeSites, put, run
+from tests.fake_sites import FakeSites, put
 
 NODES = {11: "alder", 12: "birch", 13: "elm"}
 Answer = Callable[[Message], RecordDict | Error | None]  # None: no answer, now or ever
@@ -419,24 +417,3 @@ def test_scoring_waits_for_nobody(scene) -> None:
     s.clock.now += 5
     assert s.ask(1, need=0, absence=0.0) == ["alder", "elm"]
     assert s.clock.now < 1010
-
-
-@pytest.mark.parametrize("fault", [ValueError("bad head\n\x1b[2J"), KeyError("id"), DecodeError("no protobuf")])
-def test_an_answer_that_flower_cannot_unpack_is_its_sites_fault_alone(make_run, monkeypatch, fault) -> None:
-    """The SuperLink looks at heads alone; what fails behind them, in the ServerApp, used to end the run of all."""
-    folder, pull = make_run(quorum=2, task={"rounds": 1}), InlineGrid.pull_messages
-
-    def spoiled(self: InlineGrid, message_ids: list[str]) -> list[Message]:
-        replies = list(pull(self, message_ids))
-        if replies[0].metadata.message_type == MessageType.TRAIN and replies[0].metadata.src_node_id == 1001:
-            raise fault
-        return replies
-
-    monkeypatch.setattr(InlineGrid, "pull_messages", spoiled)
-    run(folder)
-    journal = Journal(folder / "journal.jsonl")
-    rejected = [e for e in journal.events if e["event"] == "rejected"]
-    assert [(e["round"], e["site"]) for e in rejected] == [(1, "birch")]
-    assert "its objects cannot be read" in rejected[0]["reason"]
-    assert rejected[0]["reason"].isprintable()
-    assert sorted(journal.last("round")["accepted"]) == ["alder", "elm"]

@@ -1,5 +1,5 @@
 """Ten thousand mutations of a real, signed, serialised update, on the way that a real reply takes: Flower's objects,
-the exchange, screening. None raises, hangs, takes memory beyond a bound or gets in."""
+the grid, screening. None raises, hangs, takes memory beyond a bound or gets in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,27 +16,28 @@ from flwr.app import Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import (
     UnexpectedObjectContentError,
-    inflate_object_from_contents,
     validate_object_content,
 )
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid.http_grid import HttpGrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.contract import TrainTask, Update, arrays_to_wire, sign, to_wire
+from client.contract import TrainTask, Update, array_bytes, arrays_to_wire, sign, to_wire
 from medsegdiff.strict import read_config
 from medsegdiff.weights import hash_weights, weight_shapes
 from server.config import RunPlan
-from server.exchange import Exchange
-from server.journal import Journal
+from server.grid import BoundedGrid
 from server.screening import Accepted, Expected, Rejection, screen_update
+from tests.server.test_grid import SuperLink, deliver
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 Objects = dict[str, bytes]
 
 
 class Scene:
-    """One good reply as the objects it travels as, and the exchange that takes it."""
+    """One good reply as the objects it travels as, and the grid that takes it."""
 
     def __init__(self, folder: Path) -> None:
         plan = read_config(folder / "run.yaml", RunPlan)
@@ -58,10 +58,11 @@ class Scene:
         self.expected = Expected(
             "birch", plan.run_id, 1, "a" * 64, task.local_steps, 2, shapes, ("lesion",), largest_norm=1e3, key=key
         )
-        self.objects: Objects = {}
-        grid = SimpleNamespace(pull_messages=lambda ids: [inflate_object_from_contents(self.id, dict(self.objects))])
-        self.exchange = Exchange(grid, plan, Journal(folder / "journal.jsonl"))  # type: ignore[arg-type]
-        self.exchange._pending = {"m-1": (1000, SimpleNamespace(site="birch"))}  # type: ignore[dict-item]
+        self.reply, self.link = reply, SuperLink()
+        flower = HttpGrid(token="t")
+        flower.set_run(Run.create_empty(run_id=7))
+        flower._client = self.link  # type: ignore[assignment]
+        self.grid = BoundedGrid(flower, array_bytes(content.array_records["delta"]))
 
     def verdict(self, objects: Objects) -> Accepted | Rejection | None:
         """None: the SuperLink does not take such an object."""
@@ -70,8 +71,8 @@ class Scene:
                 validate_object_content(content)
         except UnexpectedObjectContentError:
             return None
-        self.objects = objects
-        (reply,) = self.exchange._replies("m-1", "train")
+        self.link.objects.clear()
+        (reply,) = self.grid.pull_messages([deliver(self.link, self.reply, objects)])
         return screen_update(reply, self.expected)
 
 

@@ -193,7 +193,7 @@ class Wreck(Bomb):
     __qualname__ = "Array"
 
     def deflate(self) -> bytes:
-        return super().deflate()[:-20]
+        return super().deflate()[:-20] + b"x" * 20
 
 
 def wreck(node: HandmadeNode, content: RecordDict) -> RecordDict:
