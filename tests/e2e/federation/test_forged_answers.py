@@ -98,6 +98,7 @@ def duel(scene: Scene) -> Iterator[Duel]:
     run = stage.run_file(
         scene.recipe, "hostile", HANDMADE,
         rounds=100, quorum=1, evaluate_every=100, deadline_seconds=DEADLINE, absence_seconds=DEADLINE, **QUICK,
+        screening={"strikes": 1000},  # mallory is to try everything, and would be suspended after three rounds
     )  # fmt: skip
     for node in scene.nodes.values():
         node.activate()
