@@ -173,11 +173,13 @@ class SpilledRule:
 
     def _blocks(self) -> Iterator[tuple[slice, Floats]]:
         """Parts of the weights: (sites, values) in float64, sites in the order of their names; may be written to."""
-        files = [np.memmap(self._files[site], "<f4", "r") for site in self._sites()] if self.size else []
+        files = [self._files[site] for site in self._sites()]
         width = max(1, BLOCK_VALUES // max(1, len(files)))
         for begin in range(0, self.size, width):
             part = slice(begin, min(begin + width, self.size))
-            yield part, np.stack([file[part] for file in files]).astype(np.float64)
+            # Read, not mapped: pages of a mapping would count as the process's own, up to all updates together.
+            read = [np.fromfile(file, "<f4", part.stop - begin, offset=4 * begin) for file in files]
+            yield part, np.stack(read).astype(np.float64)
 
     def _norms(self, centre: Floats | None) -> Floats:
         """2-norm of every update, or of its distance to `centre`."""

@@ -2,8 +2,7 @@
 
 Flower's loop keeps every reply of a round in memory and cannot resume. This one pulls one reply at a time, screens it,
 folds it into the fixed-point sum and frees it; a round is committed by its checkpoint before anything else happens.
-What is made of a round's updates: robust.py (the rule), optimizers.py (the step). FedProx (Li et al. 2020) differs at
-the sites alone (`TrainTask.proximal_mu`).
+robust.py has the rules, optimizers.py the steps; FedProx differs at the sites alone (`TrainTask.proximal_mu`).
 """
 
 from __future__ import annotations

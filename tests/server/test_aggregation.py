@@ -63,6 +63,7 @@ def test_the_order_of_arrival_changes_no_bit(updates, data) -> None:
     block=st.sampled_from([1, 3, 2**16]),
 )
 @example(updates=[([2.0**-37, 3 * 2.0**-37, 2.0**15, 1e-12, 0.0, -(2.0**-37), 65535.0 / 2], 1)] * 2, block=3)
+@example(updates=[([2.0**15] * 7, 400), ([3e-9] * 7, 1), ([-(2.0**15)] * 7, 400)], block=3)
 def test_every_bit_is_that_of_exact_integers(updates, block) -> None:
     """Python's own integers and fractions, half to even: below 2**52, where float64 holds the sums, across it, above,
     and whatever the size of a block."""
