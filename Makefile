@@ -81,6 +81,9 @@ bench: $(READY) $(PEERS)/.ready
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.aggregation
+	$(BIN)/python -m benchmarks.federation
+	$(BIN)/python -m benchmarks.privacy_accounting
+	$(BIN)/python -m benchmarks.private_step
 	@if [ -e $(RUN)/report.json ]; then $(BIN)/python -m benchmarks.overhead $(RUN); fi
 
 # One malicious site of five against every rule (docs/aggregation.md): a quarter of an hour, on from where it was.

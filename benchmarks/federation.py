@@ -33,7 +33,7 @@ ROUNDS = 5  # the first is left out: connections are made and networks built in 
 LOOK_SECONDS = 0.1
 LONGEST_SECONDS = 1500.0  # for a run of five rounds
 
-# name -> what is changed of a preset; weights of 2.4, 90 and 515 MB
+# name -> what is changed of a preset; weights of 2, 79 and 515 MB
 MODELS = {
     "tiny": {"preset": "tiny"},
     "S": {"preset": "S"},
@@ -174,9 +174,9 @@ def main() -> None:
         folder = Path(mkdtemp(prefix=f"federation-{model}-{sites}-"))
         results.append(measure(model, sites, folder / "run"))
         print(json.dumps(results[-1]), flush=True)
+        publish("federation", {"what": __doc__, "rounds": ROUNDS, "hardware": hardware(1), "results": results})
         if not given.keep:
             shutil.rmtree(folder)
-    publish("federation", {"what": __doc__, "rounds": ROUNDS, "hardware": hardware(1), "results": results})
     rows = [
         [
             f"{r['model']}, {r['weights_mb']} MB, {r['sites']} sites",
