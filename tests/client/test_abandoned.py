@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -102,9 +103,12 @@ def test_who_has_taken_the_task_finds_its_objects_gone() -> None:
     """A runner that claimed it meanwhile keeps its claim, which runs out: an ended one would interrupt its process."""
     site = Site(lambda object_id, objects: claim_and_end(site))
 
+    once = threading.Lock()  # objects are fetched by several threads
+
     def claim_and_end(site: Site) -> bytes:
-        (task,) = site.state.get_tasks(statuses=UNFINISHED)
-        assert site.state.claim_task(task.task_id)
+        if once.acquire(blocking=False):
+            (task,) = site.state.get_tasks(statuses=UNFINISHED)
+            assert site.state.claim_task(task.task_id)
         raise RunNotRunningException
 
     site.pull(tidied(start_client_internal._pull_and_store_message))
