@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.keys import SiteKeys
+from client.privacy.ledger import check_noted, ledger_path
 from deploy.doctor.checks import Check, Names, Probe, counted, reason_of, run_probes, without_names
 from deploy.doctor.connection import STEP_SECONDS, Link, proxy_for, split_address
 from deploy.doctor.credentials import check_certificates, check_keys
@@ -126,7 +127,7 @@ def _probes(site: Examined) -> list[Probe]:
         Probe("policy", lambda: [_policy_check(site)], HEAVY_SECONDS),
         Probe("approvals", lambda: [_approvals_check(site)], HEAVY_SECONDS),
         Probe("audit log", lambda: [audit_check(site.folder / AUDIT_LOG)], HEAVY_SECONDS),
-        Probe("ledger", lambda: [_ledger_check()]),
+        Probe("ledger", lambda: [_ledger_check(site.folder)], HEAVY_SECONDS),
         Probe("processes", lambda: [processes_check(site.folder / "state", "medsegfed site start")]),
         Probe("environment", lambda: [check_environment()]),
         Probe("folders", lambda: [check_writable(_state_folders(site))]),
@@ -262,8 +263,18 @@ def audit_check(path: Path) -> Check:
     return Check("audit log", "ok", fact, figures={"lines": found.lines, "head": found.head})
 
 
-def _ledger_check() -> Check:
-    return Check("ledger", "skipped", "no privacy budget is spent: this version has no differential privacy")
+def _ledger_check(folder: Path) -> Check:
+    """The privacy ledger, line by line, and against every head of it that the audit log has noted."""
+    path, log = ledger_path(folder), folder / AUDIT_LOG
+    try:
+        account = check_noted(path, log)
+    except UserError as error:
+        reason = without_names(str(error), [str(path), str(log), str(folder.resolve()), str(folder)])
+        return Check("ledger", "fail", reason, "See medsegfed ledger verify; keep the file as evidence.")
+    if not account.entries:
+        return Check("ledger", "ok", "no privacy budget is spent", figures={"reservations": 0})
+    fact = f"whole: {counted(len(account.entries), 'reservation')}, head {account.head[:12]}"
+    return Check("ledger", "ok", fact, figures={"reservations": len(account.entries), "head": account.head})
 
 
 def processes_check(state: Path, command: str) -> Check:

@@ -21,6 +21,7 @@ from client.application import application_hash
 from client.approvals import PendingRun, approve, keep_pending, task_hash
 from client.contract import TrainTask
 from client.keys import SiteKeys, node_key_header
+from client.privacy.ledger import Ceiling, Ledger, ledger_path
 from deploy import guard
 from deploy.admission import admit, revoke
 from deploy.doctor import exit_code, report, run_checks, site
@@ -104,7 +105,7 @@ def test_a_healthy_site_passes_everything(hospital: Hospital, server: Listener) 
     checks = hospital.examine()
     bad = {name: check for name, check in checks.items() if check.status not in ("ok", "skipped")}
     assert set(bad) <= {"environment"}, bad  # tests may run as root
-    assert [name for name, check in checks.items() if check.status == "skipped"] == ["ledger"]
+    assert [name for name, check in checks.items() if check.status == "skipped"] == []
     assert exit_code(checks.values()) == 0
     assert checks["client certificate"].status == checks["clock"].status == "ok"
     assert checks["splits"].figures["train_patients"] == 10
@@ -313,6 +314,27 @@ def test_an_edited_audit_log_fails(hospital: Hospital) -> None:
     assert check.status == "fail"
     assert "line" in check.detail
     assert str(hospital.folder) not in check.detail
+
+
+def test_an_edited_or_rolled_back_ledger_fails(hospital: Hospital) -> None:
+    """Nothing spent, something spent, an older copy put back, one figure changed."""
+    assert hospital.examine()["ledger"].detail == "no privacy budget is spent"
+    ledger = Ledger(ledger_path(hospital.folder), Ceiling(3.0, 1e-5), hospital.folder / "audit.jsonl")
+    ledger.reserve("run-1", 1, 8.0, 0.1, 5)
+    files = [ledger.path, ledger.path.with_name(f"{ledger.path.name}.head")]
+    before = [path.read_bytes() for path in files]
+    ledger.reserve("run-1", 2, 8.0, 0.1, 5)
+    assert hospital.examine()["ledger"].figures["reservations"] == 2
+    after = [path.read_bytes() for path in files]
+    for path, content in zip(files, before, strict=True):
+        path.write_bytes(content)
+    check = hospital.examine()["ledger"]
+    assert check.status == "fail"
+    assert "noted elsewhere" in check.detail
+    assert str(hospital.folder) not in check.detail
+    for path, content in zip(files, after, strict=True):
+        path.write_bytes(content.replace(b'"steps":5', b'"steps":4', 1))
+    assert hospital.examine()["ledger"].status == "fail"
 
 
 def test_processes_are_told_by_the_supervisors_own_record(hospital: Hospital) -> None:
