@@ -18,7 +18,7 @@ from deploy.rehearsal import Rehearsal
 from server.journal import Event
 from tests.e2e.chaos.driver import Federation, left_behind
 
-ROUNDS = 16
+ROUNDS = 22  # more than pass while the tests break things
 PATIENCE = 240.0  # seconds for a step that takes ten to ninety
 DISK = "2m"
 
