@@ -113,6 +113,7 @@ class BoundedGrid:
         try:
             contents = self._fetch(tree)
         except ObjectPullError as error:
+            metadata.__dict__["_src_node_id"] = self._grid.node.node_id  # the SuperLink's word, not the site's
             return make_message(metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, str(error)))
         self._grid._runtime_client.ConfirmMessageReceived(  # the SuperLink lets go of it
             ConfirmMessageReceivedRequest(

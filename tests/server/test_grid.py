@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import (
@@ -234,8 +235,10 @@ def test_what_the_superlink_lost_is_told_as_lost(grid, link) -> None:
     name = deliver(link, message)
     link.objects.popitem()
     (found,) = grid.pull_messages([name])
-    assert found.error.code in grid_module.ErrorCode.__dict__.values()
     assert found.error.code == grid_module.ErrorCode.MESSAGE_UNAVAILABLE
+    assert found.metadata.src_node_id == SUPERLINK_NODE_ID, (
+        "the exchange takes it for a refusal of the site's otherwise"
+    )
     assert link.confirmed == []
 
 
