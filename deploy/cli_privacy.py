@@ -6,12 +6,14 @@ As in cli.py, each imports what it needs when it runs.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from deploy import cli_privacy_audit
+from medsegdiff.errors import UserError
 
 app = typer.Typer(no_args_is_help=True)
 privacy_app = typer.Typer(no_args_is_help=True, help="Patient-level differential privacy.")
@@ -110,6 +112,47 @@ def ledger_verify(
     typer.echo("\n".join(lines))
     if not whole:
         raise typer.Exit(1)
+
+
+@ledger_app.command("recover")
+def ledger_recover(site: SiteOption = Path()) -> None:
+    """After a lost, damaged or restored ledger: write into it what the audit log knows and it lacks.
+
+    Every reservation that the audit log noted counts again, in full. A damaged ledger is moved aside, as evidence.
+
+    Example: medsegfed ledger recover --site st-mary
+    """
+    from deploy.ledger_repair import recover_ledger
+
+    typer.echo("\n".join(recover_ledger(site)))
+
+
+@ledger_app.command("write-off")
+def ledger_write_off(
+    epsilon: Annotated[float, typer.Option(help="The highest ceiling that this site ever had.")],
+    delta: Annotated[float, typer.Option(help="And its delta.")],
+    site: SiteOption = Path(),
+    anchor: Annotated[
+        list[str] | None, typer.Option(help="What the server remembers of the lost ledger; the site's log names it.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Where the audit log is lost as well: take everything that was ever allowed for spent.
+
+    Nothing more is trained then until the data officer raises epsilon and delta in site.yaml above it.
+
+    Example: medsegfed ledger write-off --site st-mary --epsilon 8 --delta 1e-5
+    """
+    from deploy.ledger_repair import write_off_ledger
+
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError("nobody can be asked here: nothing was written off. Say --yes to go on without a question.")
+        if not typer.confirm(
+            f"Everything before now counts as epsilon {epsilon:g} at delta {delta:g}, for good. Go on?"
+        ):
+            raise typer.Exit(1)
+    typer.echo("\n".join(write_off_ledger(site, epsilon, delta, anchor or [])))
 
 
 def _print_json(data: Any) -> None:

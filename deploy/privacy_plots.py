@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from client.privacy.ledger import Account
+from client.privacy.account import Account
 from client.privacy.planning import Plan
 from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
@@ -61,7 +61,8 @@ def plot_ledger(account: Account, file: Path) -> None:
             axes.plot(*zip(*points, strict=True), ls="", ms=4, marker=marker, color=colour, label=shortened(run))
         _limit_line(axes, limit, "ceiling")
         axes.set(xlabel="reservation", ylabel="epsilon after it", xlim=(0, None), ylim=(0, 1.12 * max(limit, *values)))
-        axes.legend(frameon=False, loc="lower right", fontsize=9)
+        # Beside the axes: inside them a short ledger's points lie anywhere, and its marks look like some of them.
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, borderaxespad=0)
 
     _write(file, draw)
 

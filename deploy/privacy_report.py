@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from client.privacy.account import Account, Spent, check_noted, ledger_path, spent
 from client.privacy.accounting import Epsilon
-from client.privacy.ledger import Account, Spent, check_noted, ledger_path, spent
 from client.privacy.planning import Plan
 from deploy.joining import SITE_CONFIG
 from medsegdiff.chained_log import AUDIT_LOG
@@ -65,11 +65,11 @@ def open_account(site: Path, anchor: str | None = None) -> tuple[Account, Spent 
     Raises:
         UserError: the folder is no site's, or the ledger is not sound.
     """
-    _check_site(site)
+    check_site(site)
     account = check_noted(ledger_path(site), site / AUDIT_LOG, anchor)
     if account.ceiling is None:
         return account, None
-    return account, spent(account.history, account.order, account.changed, account.ceiling.delta)
+    return account, spent(account, account.ceiling.delta)
 
 
 def verify_lines(site: Path, anchor: str | None = None) -> tuple[bool, list[str]]:
@@ -78,7 +78,7 @@ def verify_lines(site: Path, anchor: str | None = None) -> tuple[bool, list[str]
     Raises:
         UserError: the folder is no site's.
     """
-    _check_site(site)
+    check_site(site)
     path = ledger_path(site)
     lines = [f"ledger   {path}"]
     try:
@@ -155,7 +155,8 @@ def ledger_lines(account: Account, total: Spent | None) -> list[str]:
     return [*lines, f"head     {account.head}"]
 
 
-def _check_site(site: Path) -> None:
+def check_site(site: Path) -> None:
+    """Raises UserError for a folder that is no site's."""
     if not (site / SITE_CONFIG).is_file():
         raise UserError(f"{site / SITE_CONFIG}: is not there, so this is no site's folder. Name it with --site FOLDER.")
 

@@ -148,6 +148,18 @@ def verified_entries(path: Path) -> list[dict[str, Any]]:
     return walk.entries
 
 
+def legible_entries(path: Path) -> list[dict[str, Any]]:
+    """Of a log that is not sound: the entries whose own bytes are as they were written, wherever they stand now.
+
+    Raises:
+        UserError: the file cannot be read; a missing one has no entries.
+    """
+    if not path.exists():
+        return []
+    with _reading(path, lock=False) as handle:
+        return [entry for line in handle.read().splitlines(keepends=True) if (entry := _own(line)) is not None]
+
+
 def verify_log(path: Path, anchor: str | None = None) -> Verified:
     """Check every line of a log against its successor and the head file. Streams; holds one line at a time.
 
@@ -290,8 +302,7 @@ def _hash_in(line: bytes) -> str:
 
 def _parse(line: bytes, number: int, prev: str) -> dict[str, Any]:
     """A whole line as the entry it is. Raises ValueError saying why it does not stand at this place of the chain."""
-    body, tail = line[: -_TAIL - 1], line[-_TAIL - 1 :]
-    if tail != f',"hash":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode("ascii"):
+    if not _is_whole(line):
         raise ValueError("its bytes are not those that were written")
     entry = _entry(line)
     if entry.get("n") != number or entry.get("prev") != prev:
@@ -299,6 +310,19 @@ def _parse(line: bytes, number: int, prev: str) -> dict[str, Any]:
             f"it is entry {entry.get('n')} and does not follow the line before it: lines were removed, added or moved"
         )
     return entry
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether the line's hash is that of its own bytes."""
+    body = line[: -_TAIL - 1]
+    return line[-_TAIL - 1 :] == f',"hash":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode("ascii")
+
+
+def _own(line: bytes) -> dict[str, Any] | None:
+    """A line as the entry that was written; None where it is not as it was."""
+    with suppress(ValueError):
+        return _entry(line) if _is_whole(line) else None
+    return None
 
 
 def _entry(line: bytes) -> dict[str, Any]:

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.privacy import accounting, ledger
+from client.privacy import account as accounts
+from client.privacy import accounting
+from client.privacy.account import Ceiling, frozen_delta, ledger_path
 from client.privacy.accounting import Mechanism, epsilon
-from client.privacy.ledger import Ceiling, Ledger, frozen_delta, ledger_path
+from client.privacy.ledger import Ledger
 from client.privacy.renyi import renyi_epsilon
 from medsegdiff.chained_log import AUDIT_LOG
 
@@ -28,7 +30,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def quick(history: Iterable[Mechanism], delta: float) -> accounting.Epsilon:
         return accounting.Epsilon(renyi_epsilon(history, delta), None, 0.0)
 
-    monkeypatch.setattr(ledger, "epsilon", quick)
+    monkeypatch.setattr(accounts, "epsilon", quick)
     folder = tmp_path / "st-mary"
     folder.mkdir()
     (folder / "site.yaml").write_text("name: st-mary\ndata: data\n")
@@ -161,3 +163,59 @@ def test_verify_tells_sound_from_edited_and_rolled_back(medsegfed: Run, site: Pa
     code, out, _ = medsegfed("ledger", "verify", "--site", site)
     assert code == 1
     assert "older copy" in out
+
+
+# --- after a loss -----------------------------------------------------------------------------------------------------
+
+
+PRIVATE = "privacy: {mechanism: {epsilon: 3, delta: 1.0e-5, sigma: 6, q: 0.1, clip: 1, batch: 4, steps: 20, rounds: 9}"
+
+
+def lose(site: Path) -> None:
+    for path in site.glob("privacy-ledger.jsonl*"):
+        path.unlink()
+
+
+def test_a_lost_ledger_is_recovered(medsegfed: Run, site: Path) -> None:
+    """verify faults it and names the way; recover reads the audit log; what is spent is what was, or more."""
+    (site / "site.yaml").write_text(f"name: st-mary\ndata: data\n{PRIVATE}, weight: 20}}\n")
+    before = json.loads(medsegfed("ledger", "show", "--site", site, "--json")[1])["spent"]["epsilon"]
+    assert "Nothing to recover" in medsegfed("ledger", "recover", "--site", site)[1]
+    lose(site)
+    code, out, _ = medsegfed("ledger", "verify", "--site", site)
+    assert (code, "ledger recover" in out) == (1, True)
+    code, out, err = medsegfed("ledger", "recover", "--site", site)
+    assert (code, err) == (0, "")
+    assert "4 reservations, each in full" in out
+    assert medsegfed("ledger", "verify", "--site", site)[0] == 0
+    found = json.loads(medsegfed("ledger", "show", "--site", site, "--json")[1])
+    assert found["spent"]["epsilon"] >= before
+    assert [entry["state"] for entry in found["entries"]] == ["recovered"] * 4
+    ledger_path(site).write_text("x")
+    assert "moved aside" in medsegfed("ledger", "recover", "--site", site)[1]
+
+
+def test_everything_is_written_off(medsegfed: Run, site: Path) -> None:
+    """Asked first; not less than the ceiling; afterwards nothing is left, and both commands say so."""
+    (site / "site.yaml").write_text(f"name: st-mary\ndata: data\n{PRIVATE}, weight: 20}}\n")
+    for path in site.glob("*.jsonl*"):
+        path.unlink()
+    asked = ("ledger", "write-off", "--site", site, "--delta", "1e-5", "--epsilon")
+    assert "nobody can be asked" in medsegfed(*asked, 3)[2]
+    assert not ledger_path(site).exists()
+    code, _, err = medsegfed(*asked, 2, "--yes")
+    assert (code, "less than was allowed" in err) == (2, True)
+    assert medsegfed("ledger", "recover", "--site", site)[0] == 2  # no audit log
+    code, out, _ = medsegfed(*asked, 3, "--yes")
+    assert (code, "Nothing is left" in out) == (0, True)
+    shown = medsegfed("ledger", "show", "--site", site)[1]
+    assert "written off" in shown
+    assert "epsilon 0.0000" in shown
+
+
+def test_a_site_without_privacy_has_nothing_to_recover(medsegfed: Run, site: Path, tmp_path: Path) -> None:
+    """One line each: no privacy section, no site."""
+    for folder, said in ((site, "no privacy section"), (tmp_path / "elsewhere", "no site's folder")):
+        for verb in (("recover",), ("write-off", "--epsilon", 3, "--delta", "1e-5", "--yes")):
+            code, _, err = medsegfed("ledger", *verb, "--site", folder)
+            assert (code, said in err) == (2, True)

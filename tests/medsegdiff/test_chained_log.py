@@ -25,6 +25,7 @@ from medsegdiff.chained_log import (
     ChainedLog,
     audit_lines,
     audit_report,
+    legible_entries,
     verified_entries,
     verify_log,
 )
@@ -612,3 +613,23 @@ def test_verified_entries_read_a_killed_append_as_the_next_one_mends_it(tmp_path
     path.write_bytes(before + both)
     with pytest.raises(UserError, match="more than one line"):
         verified_entries(path)
+
+
+def test_of_a_damaged_log_the_lines_that_are_as_written_are_legible(tmp_path) -> None:
+    """Every bit of every line flipped once: that line alone is missing, also where it is still good JSON."""
+    path = tmp_path / "log.jsonl"
+    for number in range(3):
+        ChainedLog(path).append("took", steps=number)
+    data = path.read_bytes()
+    whole = legible_entries(path)
+    assert [entry["steps"] for entry in whole] == [0, 1, 2]
+    ends = [at for at, byte in enumerate(data) if byte == 10]
+    for bit in range(0, 8 * len(data), 3):
+        spoiled = bytearray(data)
+        spoiled[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(spoiled)
+        hit = sum(end < bit // 8 for end in ends)
+        lost = {hit, hit + 1} if bit // 8 in ends else {hit}  # without its break a line runs into the next one
+        assert legible_entries(path) == [entry for number, entry in enumerate(whole) if number not in lost]
+    path.unlink()
+    assert legible_entries(path) == []
