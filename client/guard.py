@@ -20,9 +20,12 @@ from client.contract import Assignment, Presence, Scores, TrainTask, Update
 from client.keys import SiteKeys
 from client.outbox import Outbox
 from client.policy import SPARE_TRAININGS, check_policy
+from client.privacy.account import is_head
+from client.privacy.ledger import Ledger
+from client.private_training import Terms, forecast, open_ledger, terms_of
 from client.refusal import Refusal
 from client.site import Site, SiteConfig
-from medsegdiff.chained_log import AUDIT_LOG, ChainedLog
+from medsegdiff.chained_log import AUDIT_LOG, GENESIS, ChainedLog
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
 
@@ -43,7 +46,7 @@ class Guard:
     def __init__(self, folder: Path, config: SiteConfig) -> None:
         assert config.keys is not None, "virtual sites have no guard"
         self.folder = folder
-        self.policy = config.policy
+        self.policy, self.privacy = config.policy, config.privacy
         self.keys = SiteKeys.load(folder / config.keys)
         self.audit = ChainedLog(folder / AUDIT_LOG)
         self.outbox = Outbox(folder / "outbox")
@@ -74,13 +77,17 @@ class Guard:
         round_: int | None = None,
         train_patients: int | None = None,
         trains: bool = False,
-    ) -> None:
+    ) -> Terms | None:
         """Let a request pass, or refuse it.
 
         Args:
             round_: asked for; None where the request is not about one.
-            train_patients: of the site's data, once it is known.
+            train_patients: of the site's data, once it is known. With privacy on, the planned weight counts instead:
+                a refusal must not depend on a patient.
             trains: whether it asks for a new training; more of them than the run has rounds are refused.
+
+        Returns:
+            The terms of privacy that it passes by, if any.
 
         Raises:
             Refusal: the policy or the missing approval forbids it; told once a run in the audit log.
@@ -92,21 +99,24 @@ class Guard:
                     "application-changed",
                     "the installed program was changed while it ran. Start the site anew under its new hash.",
                 )
+            known = train_patients is not None and self.privacy is not None
             check_policy(
                 self.policy,
                 task,
                 run,
                 round_,
-                train_patients,
+                self.privacy.weight if known and self.privacy is not None else train_patients,
                 application=self.application,
                 keys=self.keys,
                 folder=self.folder,
                 trainings=self.outbox.trainings(run) if round_ is not None and trains else 0,
             )
+            terms = terms_of(self.privacy, task)
         except Refusal as refusal:
             self._tell_refusal(refusal, run, task, round_)
             raise
         self._told.pop(run, None)
+        return terms
 
     def _tell_refusal(self, refusal: Refusal, run: str, task: TrainTask, round_: int | None) -> None:
         """One line in the audit log, not at every repetition; a flood of names is bounded, and that it was is told."""
@@ -127,10 +137,11 @@ class Guard:
         """The policy as it stands in site.yaml now. Raises UserError where it cannot be read: nothing passes then."""
         stamp = (self.folder / "site.yaml").stat().st_mtime_ns
         if stamp != self._stamp:
-            self.policy = read_config(self.folder / "site.yaml", SiteConfig).policy
+            config = read_config(self.folder / "site.yaml", SiteConfig)
+            self.policy, self.privacy = config.policy, config.privacy
             self._stamp = stamp
 
-    def admit_scoring(self, task: TrainTask, assignment: Assignment, train_patients: int) -> None:
+    def admit_scoring(self, task: TrainTask, assignment: Assignment, train_patients: int | None) -> None:
         """Let a request to score pass, or refuse it: a round's model is scored, not as many models as a server likes.
 
         Each model's averages say something of the held-out patients; a server may have as many as the run has rounds,
@@ -148,12 +159,47 @@ class Guard:
             self._told[""] = code
             self.audit.append("not_answered", decision=code, application=self.application)
 
-    def introduce(self, presence: Presence, task: TrainTask) -> Presence:
-        """The site's introduction, with what proves what runs here. Raises Refusal for too few patients."""
+    def introduce(self, presence: Presence, task: TrainTask, terms: Terms | None, remembered: str = "") -> Presence:
+        """The site's introduction, with what proves what runs here.
+
+        Args:
+            remembered: what the server says this site told it last of its ledger.
+
+        Raises:
+            Refusal: too few patients; the ledger is not the one that the server remembers; the run does not fit into
+                the budget.
+        """
         self.admit(task, presence.run, train_patients=presence.train_patients)
         self._told.pop("", None)
-        self._note("introduced", presence.run, task, patients=presence.train_patients, decision="answered")
-        return replace(presence, application=self.application, audit_head=self.audit.head)
+        fields = {"patients": presence.train_patients, "decision": "answered"}
+        if terms is None:
+            self._note("introduced", presence.run, task, **fields)
+            return replace(presence, application=self.application, audit_head=self.audit.head)
+        ledger = open_ledger(self.folder, terms.policy, audited=True)
+        try:
+            self._check_remembered(ledger, remembered)
+            planned = forecast(ledger, terms.policy, task, presence.run)
+        except Refusal as refusal:
+            self._tell_refusal(refusal, presence.run, task, None)
+            raise
+        self._note("introduced", presence.run, task, **fields, epsilon_planned=planned)
+        return replace(presence, application=self.application, ledger_anchor=self.keys.anchor(ledger.head))
+
+    def _check_remembered(self, ledger: Ledger, remembered: str) -> None:
+        """The head that the server remembers must be one of this ledger's, or of one that was written off."""
+        if not remembered:
+            return
+        account = ledger.account()
+        if remembered not in {self.keys.anchor(head) for head in {*account.heads, GENESIS}} | account.anchors:
+            # The server's word stands in a command that a person may copy: digits, or not at all.
+            told = f"medsegfed ledger write-off --anchor {remembered}" if is_head(remembered) else "ask the coordinator"
+            raise Refusal(
+                "ledger-rolled-back",
+                f"{ledger.path}: the server remembers a state of this ledger that is none of its lines: the ledger was "
+                "put back to an older copy, removed or replaced, or keys/names.key is another one than then. What was "
+                "spent since is missing, so nothing is trained. Restore the newest copy of both. If there is none: "
+                f"{told}",
+            )
 
     def kept(self, assignment: Assignment, task: TrainTask) -> RecordDict | None:
         """The answer that was given, or was about to be given, to this very question; None: it is to be worked out.
@@ -169,7 +215,7 @@ class Guard:
             self._tell_refusal(refusal, assignment.run, task, assignment.round)
             raise refusal
         self.committed(assignment.run, assignment.round - 1)
-        found = self.outbox.find(assignment)
+        found = self.outbox.find(assignment, task)
         if found is None or found[0].base_hash != assignment.model_hash:  # killed before the training was entered
             return None
         update, content = found

@@ -40,7 +40,7 @@ class SitePolicy(Strict):
     # Least number of training patients with which the site takes part. An update computed from one or two patients is
     # close to a statement about them; five is the least count that health statistics commonly release.
     min_patients: int = 5
-    privacy_floor: Any = None  # for differential privacy; Any, so that whatever stands here is answered with the reason
+    privacy_floor: Any = None  # always null; Any, so that whatever stands here is answered with the reason
     allowed_hours: str | None = None  # "18:00-07:00", this machine's clock; work begun inside may end outside
     approval_required: bool = True  # false: whatever keeps to the rest of the policy runs without being looked at
 
@@ -53,8 +53,8 @@ class SitePolicy(Strict):
         _require(self.min_patients >= 1, f"min_patients must be at least 1, found {self.min_patients}")
         _require(
             self.privacy_floor is None,
-            "privacy_floor must be null: this version has no differential privacy, so it could not keep to any floor. "
-            "A site that needs one must not take part yet",
+            "privacy_floor must be null: what a site asks of privacy is the section `privacy` of site.yaml "
+            "(docs/privacy.md), and no run may loosen that",
         )
         if self.allowed_hours is not None:
             _require(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +16,10 @@ REFUTED = 1  # exit code of an audit that the installed program did not pass
 
 
 def audit(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or part of a GPU's name.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, or part of a GPU's name; default: the site's, else cpu.")
+    ] = None,
+    site: Annotated[Path | None, typer.Option(help="A site's folder: audit under its policy, on its device.")] = None,
     canaries: Annotated[int, typer.Option(min=100, max=20_000, help="Patients made up for the audit.")] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -23,13 +27,14 @@ def audit(
 
     No patient of the site is read, nothing of its budget is spent, and nothing is sent. Takes seconds on a CPU.
 
-    Example: medsegfed privacy audit --device cuda
+    Example: medsegfed privacy audit --site st-mary
     """
     from client.privacy import audit as auditing
     from medsegdiff.devices import choose_device
     from medsegdiff.strict import plain
 
-    verdict = auditing.audit(_stand_in(), canaries=canaries, device=choose_device(device))
+    policy, own = _policy_of(site)
+    verdict = auditing.audit(policy, canaries=canaries, device=choose_device(device if device is not None else own))
     if as_json:
         typer.echo(json.dumps(plain(verdict) | {"passed": verdict.passed}, indent=1, allow_nan=False))
     else:
@@ -38,11 +43,23 @@ def audit(
         raise typer.Exit(REFUTED)
 
 
-def _stand_in() -> PrivacyPolicy:
-    """Any C and B: what is audited does not depend on them, if it is right."""
+def _policy_of(site: Path | None) -> tuple[PrivacyPolicy, str | int]:
+    """C and B of a site, or any: what is audited does not depend on them, if it is right. And the device."""
     from client.privacy.policy import PrivacyPolicy
+    from client.site import SiteConfig
+    from medsegdiff.errors import UserError
+    from medsegdiff.strict import read_config
 
-    return PrivacyPolicy(epsilon=2.0, delta=1e-5, sigma=5.0, q=0.5, clip=1.0, batch=100, steps=20, rounds=1)
+    if site is not None:
+        config = read_config(site / "site.yaml", SiteConfig)
+        if config.privacy is None:
+            raise UserError(
+                f"{site / 'site.yaml'}: has no `privacy` section, so nothing is trained with privacy here. Leave "
+                "--site out to audit the installed program alone."
+            )
+        return config.privacy.mechanism, config.device
+    stand_in = PrivacyPolicy(epsilon=2.0, delta=1e-5, sigma=5.0, q=0.5, clip=1.0, batch=100, steps=20, rounds=1)
+    return stand_in, "cpu"
 
 
 def _lines(verdict: Verdict) -> list[str]:

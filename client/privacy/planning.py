@@ -23,6 +23,7 @@ import math
 from dataclasses import dataclass
 from itertools import product
 
+from client.privacy.account import frozen_delta
 from client.privacy.accounting import (
     Epsilon,
     Mechanism,
@@ -31,7 +32,6 @@ from client.privacy.accounting import (
     noise_multiplier,
     rough_noise_multiplier,
 )
-from client.privacy.ledger import frozen_delta
 from medsegdiff.errors import UserError
 
 SAMPLING = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # q of the grid

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from client.contract import PrivacyRequest
 from client.refusal import Refusal
 from medsegdiff.strict import Strict
 
@@ -66,21 +67,23 @@ class PrivacyPolicy(Strict):
 
 
 @dataclass(frozen=True)
-class PrivacyRequest(Strict):
-    """What a run asks for; None leaves the site's own value."""
+class SitePrivacy(Strict):
+    """The `privacy` section of site.yaml: the data officer's. With it, all training here is private, or refused."""
 
-    epsilon: float | None = None
-    delta: float | None = None
-    sigma: float | None = None
-    q: float | None = None
-    clip: float | None = None
-    batch: int | None = None
-    steps: int | None = None
-    rounds: int | None = None
-    slices: int | None = None
-    draws: int | None = None
-    unit: str | None = None
-    relation: str | None = None
+    mechanism: PrivacyPolicy
+    # What the site counts for beside the others, in patients: a round number written down here once, from what is
+    # public. The true number of training patients is a fact about each of them.
+    weight: int
+    # Held-out patients are patients: their scores leave only if the data officer declares them public.
+    held_out: Literal["withheld", "public"] = "withheld"
+    # An answer leaves at a multiple of so many seconds after its question: how long a training took tells how many
+    # patients were drawn. 0: at once.
+    answer_every: float = 60.0
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.weight, int) and not isinstance(self.weight, bool)
+        _require(whole and 1 <= self.weight <= 1_000_000, f"weight must lie in 1..1000000, found {self.weight}")
+        _require(0 <= self.answer_every <= 86_400, f"answer_every must lie in 0..86400, found {self.answer_every}")
 
 
 # Which way a request may move a number.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from client.privacy.engines import Engine, trained_parameters
@@ -53,12 +55,19 @@ class PrivateTrainer:
         self.private_step = PrivateStep(network, loss, policy, self.optimizer, engine, proximal_mu, average)
         self.sampler = PoissonSampler(len(patients), policy.q)
 
-    def run(self, first: int, last: int) -> None:
-        """Take steps first .. last - 1. Returns nothing: every figure of a private step is a fact about patients."""
+    def run(self, first: int, last: int, on_step: Callable[[int], None] | None = None) -> None:
+        """Take steps first .. last - 1; `on_step` is told how many were taken.
+
+        Returns nothing: every figure of a private step is a fact about patients.
+        """
         self.network.train()
 
         def set_rate(number: int) -> None:
+            if on_step is not None and number > 0:
+                on_step(number)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.training, first + number, self.total_steps)
 
         take_steps(self.private_step, self.sampler, self.patients.rows, last - first, set_rate)
+        if on_step is not None:
+            on_step(last - first)

@@ -2,102 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
-from flwr.app import Context, Message, MessageType, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Message, MessageType
 from full_disk import file_limit
 
 from client import guard as guard_module
-from client.app import app
-from client.approvals import approve, pending_run
+from client.approvals import pending_run
 from client.contract import (
     REFUSALS,
     REFUSED,
     Assignment,
     Invitation,
     Presence,
-    TrainTask,
     Update,
     arrays_to_wire,
     check_signature,
     from_wire,
     to_wire,
 )
-from client.guard import Guard, guard_of
-from client.keys import SiteKeys
 from client.policy import SPARE_TRAININGS
-from client.site import Site, open_site
-from medsegdiff.chained_log import ChainedLog, audit_lines, verify_log
+from medsegdiff.chained_log import ChainedLog, verify_log
 from medsegdiff.errors import UserError
 from medsegdiff.weights import hash_weights, initial_weights
-
-
-class Hospital:
-    """One real site in a folder of its own, as its runner would serve it."""
-
-    def __init__(self, folder: Path, task: TrainTask) -> None:
-        self.folder, self.task = folder, task
-        self.guard = self.open()
-
-    def open(self) -> Guard:
-        open_site.cache_clear()
-        guard_module._guard.cache_clear()
-        found = guard_of(Site(self.folder / "site.yaml"))
-        assert found is not None
-        return found
-
-    def ask(self, kind: str, **records: object) -> Message:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-        message = Message(RecordDict({"task": to_wire(self.task)} | records), 1000, kind)
-        message.metadata.__dict__["_message_id"] = "m-1"
-        return app(message, Context(1, 1000, {}, RecordDict(), {}))
-
-    def train(self, round_: int = 1, seed: int = 0, run: str = "run-1") -> Message:
-        weights = initial_weights(self.task.model, seed)
-        asked = Assignment(run, round_, hash_weights(weights))
-        return self.ask(MessageType.TRAIN, assignment=to_wire(asked), weights=arrays_to_wire(weights))
-
-    def approve(self, run: str = "run-1") -> None:
-        self.ask(MessageType.QUERY, invitation=to_wire(Invitation(run, "n")))
-        approve(self.folder, pending_run(self.folder, run), self.guard.keys, self.guard.application, "Dr. Night")
-
-    def audited(self, event: str) -> list[dict[str, Any]]:
-        return [line for line in audit_lines(self.folder / "audit.jsonl") if line["event"] == event]
-
-
-@pytest.fixture
-def hospital(
-    tmp_path: Path, tiny_world: Path, tiny_task: TrainTask, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Hospital]:
-    """Call with lines for site.yaml's policy; the site's data are alder's of the tiny world."""
-
-    def make(policy: str = "{min_patients: 1}") -> Hospital:
-        folder = tmp_path / "alder"
-        shutil.copytree(tiny_world / "alder", folder)
-        text = (folder / "data" / "cases.csv").read_text()  # its paths are relative to the world's place
-        source = (tiny_world / "alder" / "data").resolve()
-        (folder / "data" / "cases.csv").write_text(text)
-        shutil.rmtree(folder / "data")
-        (folder / "data").symlink_to(source)
-        with open(folder / "site.yaml", "a") as handle:
-            handle.write(f"keys: keys\npolicy: {policy}\n")
-        keys = SiteKeys.create(folder / "keys")
-        (folder / "keys" / "ca.crt").write_text("")
-        said = {"federation": "net", "site": "alder", "server": "fed.example.org:8443"}
-        (folder / "keys" / "federation.json").write_text(json.dumps(said))
-        for path in (keys.folder / "ca.crt", keys.folder / "federation.json"):
-            path.chmod(0o600)
-        monkeypatch.setenv("MEDSEGFED_SITE", str(folder / "site.yaml"))
-        return Hospital(folder, tiny_task)
-
-    return make
 
 
 def code(reply: Message) -> str:

@@ -52,7 +52,7 @@ def test_the_defaults_are_cautious() -> None:
         ({"max_rounds": 0}, "max_rounds must be at least 1, found 0"),
         ({"min_patients": 0}, "min_patients must be at least 1, found 0"),
         ({"max_rounds": "many"}, "policy.max_rounds: .*found 'many'"),
-        ({"privacy_floor": 8}, "privacy_floor must be null: this version has no differential privacy"),
+        ({"privacy_floor": 8}, "privacy_floor must be null: what a site asks of privacy is the section `privacy`"),
         ({"privacy_floor": {"epsilon": 8.0}}, "privacy_floor must be null"),
         ({"privacy_floor": "strict"}, "privacy_floor must be null"),
         ({"allowed_hours": "18-7"}, "must be of the form \"18:00-07:00\", or null for any time, found '18-7'"),

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from client.privacy.account import Ceiling, frozen_delta, ledger_path
 from client.privacy.accounting import Epsilon, Mechanism, epsilon
-from client.privacy.ledger import Ceiling, Ledger, frozen_delta, ledger_path
+from client.privacy.ledger import Ledger
 from client.privacy.planning import LEAST_STEPS, SAMPLING, STEPS, Plan, make_plan
 from medsegdiff.errors import UserError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +126,44 @@ def test_passes_hold_each_patient_once(kind: type[VmapEngine] | type[HooksEngine
     expected = obvious_sum(net, squared_error, patients, 0.3)
     for at_once in range(1, 9):
         assert distance(kind(at_once).clipped_sum(net, squared_error, patients, 0.3), expected) < 1e-5
+
+
+@pytest.mark.parametrize("fits", [1, 2, 3])
+def test_vmap_takes_fewer_patients_where_memory_is_small(monkeypatch: pytest.MonkeyPatch, fits: int) -> None:
+    """A device that bears `fits` patients a pass: the sum is the same, nobody twice, and later passes know."""
+    sizes: list[int] = []
+    vmap = torch.func.vmap
+
+    def small(function: Any, **options: Any) -> Any:
+        def run(weights: Any, stacked: dict[str, Tensor]) -> Any:
+            sizes.append(len(next(iter(stacked.values()))))
+            if sizes[-1] > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return vmap(function, **options)(weights, stacked)
+
+        return run
+
+    monkeypatch.setattr(torch.func, "vmap", small)
+    net, patients, engine = faulty.Plain(), some_patients((2,) * 7), VmapEngine(8)
+    expected = obvious_sum(net, squared_error, patients, 0.3)
+    assert distance(engine.clipped_sum(net, squared_error, patients, 0.3), expected) < 1e-5
+    assert engine.at_once == (1 if fits == 1 else 2)
+    assert sum(size for size in sizes if size <= fits) == 7
+    sizes.clear()
+    engine.clipped_sum(net, squared_error, patients, 0.3)
+    assert max(sizes) <= fits
+
+
+def test_vmap_gives_up_where_not_even_one_patient_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is the device's own; other errors are never tried again."""
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("another")):
+
+        def fails(*_: Any, error: RuntimeError = error, **__: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(torch.func, "vmap", lambda *_, fails=fails, **__: fails)
+        with pytest.raises(type(error), match=str(error)):
+            VmapEngine(4).clipped_sum(faulty.Plain(), squared_error, some_patients((1, 1)), 0.3)
 
 
 def test_a_patient_twice_or_rows_for_patients_would_be_seen() -> None:

@@ -17,11 +17,11 @@ SURE = 1e-4
 
 
 def test_it_is_normal() -> None:
-    """Kolmogorov-Smirnov over 200,000 draws accepts N(0, 1), and rejects 1 % more or less."""
+    """Kolmogorov-Smirnov over 200,000 draws accepts N(0, 1), and rejects 3 % more or less."""
     values = standard_normal(N, SeededEntropy(1)).numpy()
     assert kstest(values, "norm").pvalue > SURE
-    assert kstest(values * 1.02, "norm").pvalue < SURE
-    assert kstest(values / 1.02, "norm").pvalue < SURE
+    assert kstest(values * 1.03, "norm").pvalue < SURE
+    assert kstest(values / 1.03, "norm").pvalue < SURE
     assert abs(values.std() - 1) < 0.01
 
 

@@ -105,6 +105,13 @@ def test_noise_of_the_real_network() -> None:
     assert within(torch.cat([v for values in found.values() for v in values]), 1.0)
 
 
+def draws_of(step: PrivateStep, source: SeededEntropy) -> dict[str, Tensor]:
+    """What a step draws from its source next, by parameter: all at once, as the network is small."""
+    sizes = [parameter.numel() for parameter in step.parameters.values()]
+    drawn = standard_normal(sum(sizes), source).split(sizes)
+    return {n: values.view(p.shape) for (n, p), values in zip(step.parameters.items(), drawn, strict=True)}
+
+
 def test_an_empty_batch_is_noise_over_b_to_the_bit() -> None:
     """The very draws of the source, times sigma C, over B, rounded once to float32."""
     net = plain_net()
@@ -112,10 +119,10 @@ def test_an_empty_batch_is_noise_over_b_to_the_bit() -> None:
     step = repeatable_step(net, seed=9, policy=policy)
     step.take([])
     source = noise_source(9)
-    for parameter in step.parameters.values():
-        expected = standard_normal(parameter.numel(), source).view(parameter.shape) * (1.7 * 0.3) / 7
-        assert parameter.grad is not None
-        assert torch.equal(parameter.grad, expected.float())
+    for name, noise in draws_of(step, source).items():
+        found = step.parameters[name].grad
+        assert found is not None
+        assert torch.equal(found, (noise * (1.7 * 0.3) / 7).float())
 
 
 @engines
@@ -129,10 +136,9 @@ def test_a_step_is_the_sum_plus_noise_over_b(engine: Engine) -> None:
         own = copy.deepcopy(net)
         step = repeatable_step(own, seed=3, policy=policy, engine=engine)
         step.take(patients)
-        source = noise_source(3)
+        noise = draws_of(step, noise_source(3))
         for name, parameter in step.parameters.items():
-            noise = standard_normal(parameter.numel(), source).view(parameter.shape) * 0.5 * clip
-            total = (expected[name] if expected else 0) + noise
+            total = (expected[name] if expected else 0) + noise[name] * 0.5 * clip
             torch.testing.assert_close(gradients(step)[name], total / 5, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(parameter.detach(), net.get_parameter(name) - parameter.grad)
 
