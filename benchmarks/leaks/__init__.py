@@ -1,0 +1,1 @@
+"""Attacks on what a training releases: who was in it, and what the scans looked like."""
