@@ -12,11 +12,24 @@ import logging
 import re
 from pathlib import Path
 
-from flwr.app import ConfigRecord, RecordDict
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from safetensors.torch import save
 from torch import Tensor
 
-from client.contract import SIGNATURE, Assignment, Update, arrays_to_wire, from_wire
+from client.contract import (
+    PACKED,
+    SIGNATURE,
+    Assignment,
+    ContractError,
+    TrainTask,
+    Update,
+    arrays_from_wire,
+    arrays_to_wire,
+    from_wire,
+)
+from client.personalisation import sent_shapes
 from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
 from medsegdiff.weights import hash_weights, read_tensors
@@ -38,21 +51,31 @@ class Outbox:
             "update": str(content.config_records["update"]["json"]),
             "signature": bytes(content.config_records[SIGNATURE]["ed25519"]).hex(),  # type: ignore[arg-type]
         }
-        data = save({name: value.contiguous() for name, value in delta.items()}, metadata=metadata)
-        write_atomic(self._path(update.run, update.round), data)
+        sent = content.array_records["delta"][PACKED]
+        if sent.dtype == "uint8":  # compressed: another version of zlib would make other bytes of the same change
+            metadata["encoding"] = sent.stype
+            kept = {PACKED: torch.from_numpy(np.frombuffer(sent.data, np.uint8).copy())}
+        else:
+            kept = {name: value.contiguous() for name, value in delta.items()}
+        write_atomic(self._path(update.run, update.round), save(kept, metadata=metadata))
         self._enter(update)  # after it: a disk that is full for an hour must not use the trainings up
 
-    def find(self, assignment: Assignment) -> tuple[Update, RecordDict] | None:
-        """The update of a round as it was, or would have been, sent; None where there is none, or it is damaged."""
+    def find(self, assignment: Assignment, task: TrainTask | None = None) -> tuple[Update, RecordDict] | None:
+        """The update of a round as it was, or would have been, sent; None where there is none, or it is damaged.
+
+        Args:
+            task: of the run; a compressed update cannot be read without it.
+        """
         path = self._path(assignment.run, assignment.round)
         if not path.exists():
             return None
         try:
-            delta, metadata = read_tensors(path)
+            kept, metadata = read_tensors(path)
+            arrays, delta = _as_sent(kept, metadata, task)
             content = RecordDict(
                 {
                     "update": ConfigRecord({"json": metadata["update"]}),
-                    "delta": arrays_to_wire(delta),
+                    "delta": arrays,
                     SIGNATURE: ConfigRecord({"ed25519": bytes.fromhex(metadata["signature"])}),
                 }
             )
@@ -120,6 +143,20 @@ class Outbox:
 
     def _path(self, run: str, round_: int) -> Path:
         return self.folder / run / f"round-{round_:06d}.safetensors"
+
+
+def _as_sent(
+    kept: dict[str, Tensor], metadata: dict[str, str], task: TrainTask | None
+) -> tuple[ArrayRecord, dict[str, Tensor]]:
+    """What was kept as it travels, and as the server reads it. Raises UserError where it cannot be read."""
+    encoding = metadata.get("encoding")
+    if encoding is None:
+        return arrays_to_wire(kept), kept
+    if task is None or set(kept) != {PACKED} or kept[PACKED].dtype != torch.uint8:
+        raise ContractError("it is compressed, and not as the run asks")
+    data = kept[PACKED].numpy().tobytes()
+    arrays = ArrayRecord({PACKED: Array("uint8", (len(data),), encoding, data)})
+    return arrays, arrays_from_wire(arrays, sent_shapes(task), task.compression)
 
 
 def _unreadable(path: Path, run: str, fault: str) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import RecordDict
 
-from client.contract import Assignment, Update, check_signature
+from client.contract import Assignment, Update, array_bytes, check_signature
+from client.encoding import Compression
+from client.feedback import pack
 from client.gate import release_update
 from client.outbox import Outbox
 from medsegdiff.errors import UserError
-from medsegdiff.weights import hash_weights
+from medsegdiff.weights import hash_weights, weight_shapes
 
 KEY = Ed25519PrivateKey.generate()
 BASE = {"w": torch.ones(2, 3), "b": torch.ones(3)}
@@ -77,3 +80,26 @@ def test_an_unreadable_list_stops_the_training(tmp_path: Path, text: str) -> Non
     (tmp_path / "run-1" / "trainings").write_text(text)
     with pytest.raises(UserError, match="nothing is trained"):
         outbox.trainings("run-1")
+
+
+@pytest.mark.parametrize("compression", [Compression("bf16"), Compression("int8"), Compression("top_k", 0.1)], ids=str)
+def test_a_compressed_update_is_kept_as_it_was_sent(tmp_path: Path, tiny_task, compression) -> None:
+    """The same bytes again; a bit that turned is noticed, and so is a task that asks for another compression."""
+    task = replace(tiny_task, compression=compression)
+    generator = torch.Generator().manual_seed(0)
+    shapes = weight_shapes(task.model)
+    delta = {name: 1e-2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    packed = pack(Update("alder", "run-1", 2, "a" * 64, 3, 2, 0.5, 1.25, "0" * 64), delta, compression)
+    content = release_update(packed.update, packed.sent, delta, KEY.sign, compression, packed.arrays)
+    outbox, asked = Outbox(tmp_path), Assignment("run-1", 2, "a" * 64)
+    outbox.keep(packed.update, packed.sent, content)
+    found = outbox.find(asked, task)
+    assert found is not None
+    assert (found[0], wire(found[1])) == (packed.update, wire(content))
+    (path,) = tmp_path.glob("run-1/round-*.safetensors")
+    assert path.stat().st_size < array_bytes(packed.arrays) + 1000
+    assert outbox.find(asked, tiny_task) is None
+    spoiled = bytearray(path.read_bytes())
+    spoiled[-100] ^= 1
+    path.write_bytes(spoiled)
+    assert outbox.find(asked, task) is None
