@@ -249,19 +249,35 @@ def run_(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="What to train (docs/federation.md).")],
     folder: FederationOption = HERE,
     detach: Annotated[bool, typer.Option(help="Do not watch it.")] = False,
+    canary: Annotated[
+        bool, typer.Option("--canary", help="Before a long run: one step at every site, a report.")
+    ] = False,
+    wait: Annotated[
+        float | None,
+        typer.Option(min=1, help="--canary: seconds that sites get to answer; default: the run's deadline."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="--canary: print the report as JSON.")] = False,
 ) -> None:
     """Start a run, or go on with one that was stopped or failed; it is watched until it ends.
 
-    Example: medsegfed run hippocampus.yaml
+    With --canary the run itself stays untouched; exit code 0: every site is ready, 1: one is not, with the reason.
+
+    Example: medsegfed run hippocampus.yaml --canary ; medsegfed run hippocampus.yaml
     """
+    if not canary and (wait is not None or as_json):
+        raise UserError("--wait and --json belong to --canary; nothing was started. Add it, or leave them out.")
     from deploy.federation import open_federation
-    from deploy.runs import queue_run, resolve_run
+    from deploy.runs import initial_file, queue_run, resolve_run
     from deploy.status import watch
 
     federation = open_federation(folder)
     members = {site: m.patients for site, m in federation.members().items() if m.active}
-    plan = resolve_run(run_file, members)
-    queued = queue_run(federation.runs, plan, getpass.getuser())
+    plan, initial = resolve_run(run_file, members), initial_file(run_file)
+    if canary:
+        from deploy.canary import canary_command
+
+        raise typer.Exit(canary_command(federation, plan, getpass.getuser(), wait, as_json, typer.echo, initial))
+    queued = queue_run(federation.runs, plan, getpass.getuser(), initial)
     federation.audit().append("run_queued", run=plan.run_id, by=getpass.getuser(), sites=sorted(plan.roster))
     typer.echo(f"Run {plan.run_id}: {plan.task.rounds} rounds, sites {', '.join(plan.roster)}. Folder: {queued}")
     typer.echo(f"Each site approves it once: medsegfed approve {plan.run_id}")

@@ -62,6 +62,7 @@ def resolve_run(path: Path, members: dict[str, int]) -> RunPlan:
     Raises:
         UserError: a fault of the file, an unknown dataset, a site that is not admitted, no site at all.
     """
+    from server.initial import check_initial  # brings torch
     from simulations.recipe import shipped_dataset, with_targets
 
     asked = read_config(path, RunFile)
@@ -80,11 +81,22 @@ def resolve_run(path: Path, members: dict[str, int]) -> RunPlan:
     if not chosen:
         raise UserError(f"{path}: no site is admitted yet, so nobody could train. Admit sites with medsegfed admit.")
     roster = {site: members[site] for site in sorted(chosen)}
-    return make_plan(asked.run, asked.name, asked.seed, dataset, roster, ENGINE, str(path))
+    first = initial_file(path)
+    initial = check_initial(first, asked.run.task(dataset, asked.seed)) if first is not None else None
+    return make_plan(asked.run, asked.name, asked.seed, dataset, roster, ENGINE, str(path), initial)
 
 
-def queue_run(runs: Path, plan: RunPlan, by: str) -> Path:
+def initial_file(path: Path) -> Path | None:
+    """The model that a RUN.yaml names as its start, beside the file; None where it starts from fresh weights."""
+    name = read_config(path, RunFile).run.initial
+    return path.parent / name if name is not None else None
+
+
+def queue_run(runs: Path, plan: RunPlan, by: str, initial: Path | None = None) -> Path:
     """Ask for a run: write its folder, or ask for the one that is there to go on. Returns the folder.
+
+    Args:
+        initial: the model file that the plan names as its start.
 
     Raises:
         UserError: a folder of that name holds another plan, or the run has finished.
@@ -105,6 +117,10 @@ def queue_run(runs: Path, plan: RunPlan, by: str) -> Path:
             write_atomic(folder / "run.yaml", dump_yaml(plan).encode())
     else:
         with new_folder(folder) as partial:
+            if initial is not None:
+                from server.initial import keep_initial  # brings torch
+
+                keep_initial(initial, partial)
             write_atomic(partial / "run.yaml", dump_yaml(plan).encode())
     _ask(folder, by)
     return folder

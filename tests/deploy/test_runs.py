@@ -8,11 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from deploy.runs import next_run, queue_run, read_queued, resolve_run, run_of, stop_run, wanted
+from deploy.runs import initial_file, next_run, queue_run, read_queued, resolve_run, run_of, stop_run, wanted
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
+from medsegdiff.weights import hash_weights, initial_weights, save_model
 from server.config import RunPlan
+from server.initial import first_weights
 from server.journal import Journal
 
 MEMBERS = {"alder": 10, "birch": 7}
@@ -177,3 +180,20 @@ def test_which_run_is_meant(tmp_path) -> None:
         with pytest.raises(UserError, match="the runs are: first, second"):
             run_of(tmp_path / "runs", name)
     assert read_config(first / "run.yaml", RunPlan).engine == "network"
+
+
+def test_a_run_starts_from_the_model_that_it_names(tmp_path) -> None:
+    """Looked at when the run is asked for, copied into its folder, part of its identity; a wrong one starts nothing."""
+    fresh = resolve_run(written(tmp_path), MEMBERS)
+    weights = initial_weights(fresh.task.model, 7)
+    save_model(tmp_path / "public.safetensors", fresh.task.card, weights)
+    path = written(tmp_path, RUN.replace("run: {", "run: {initial: public.safetensors, "))
+    plan = resolve_run(path, MEMBERS)
+    assert plan.initial == hash_weights(weights)
+    assert plan.run_id != fresh.run_id
+    folder = queue_run(tmp_path / "runs", plan, "x", initial_file(path))
+    found = first_weights(plan, folder)
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    (tmp_path / "public.safetensors").write_bytes(b"no model")
+    with pytest.raises(UserError, match=r"public\.safetensors"):
+        resolve_run(path, MEMBERS)
