@@ -28,6 +28,13 @@ _STATES: dict[str, RunState] = {
 _STARTS = ("session", "resumed")  # work begins, or goes on
 
 
+def sample_size(sample: int | float | None, sites: int) -> int:
+    """Updates that a round is to be made of: the sample, or one of every site. A part is rounded, half up."""
+    if sample is None:
+        return sites
+    return max(1, math.floor(sample * sites + 0.5)) if isinstance(sample, float) else sample
+
+
 def committed_rounds(events: Iterable[Event]) -> list[Event]:
     """The committed rounds in order; a round that was repeated after a crash counts as it was committed."""
     rounds = {event["round"]: event for event in events if event["event"] == "round"}
@@ -91,25 +98,49 @@ def absences(events: Iterable[Event], site: str) -> dict[str, Any]:
     }
     # A site whose third rejection suspends it was asked in that round.
     suspended = [e["round"] for e in rounds if site in e.get("suspended", []) and site not in e.get("suspends", [])]
-    return found | ({"suspended_rounds": suspended} if suspended else {})
+    found |= {"suspended_rounds": suspended} if suspended else {}
+    late = [
+        {"round": row["round"], "counted": event["round"]}
+        for event in rounds
+        for row in event.get("late", [])
+        if row["site"] == site
+    ]
+    found |= {"late_rounds": late} if late else {}
+    sampled = [event for event in rounds if "chosen" in event]
+    return found | ({"chosen_rounds": [e["round"] for e in sampled if site in e["chosen"]]} if sampled else {})
+
+
+def spent_privacy(events: Iterable[Event], site: str) -> tuple[float | None, float | None]:
+    """Epsilon and delta that a site's patients have spent in all, by its last counted update; None without privacy."""
+    rows: list[tuple[int, Event]] = []  # by the round that the update was made in: a late one tells of an earlier state
+    for event in committed_rounds(events):
+        rows += [(event["round"], event["accepted"][site])] if site in event["accepted"] else []
+        rows += [(row["round"], row) for row in event.get("late", []) if row["site"] == site]
+    last = max(rows, key=lambda row: row[0])[1] if rows else {}
+    return last.get("epsilon"), last.get("privacy_delta")
 
 
 def traffic(events: Iterable[Event]) -> dict[str, int]:
-    """Bytes of weights that travelled in committed rounds."""
-    moved = [event["bytes"] for event in committed_rounds(events)]
-    return {"up": sum(m["up"] for m in moved), "down": sum(m["down"] for m in moved)}
+    """Bytes of weights that travelled in committed rounds, and to have their models scored."""
+    told = list(events)
+    moved = [event["bytes"] for event in committed_rounds(told)]
+    scored = {event["round"]: event.get("bytes", {"down": 0}) for event in told if event["event"] == "scores"}
+    down = sum(m["down"] for m in (*moved, *scored.values()))
+    return {"up": sum(m["up"] for m in moved), "down": down}
 
 
-def site_seconds(events: Sequence[Event], over_sites: Callable[[list[float]], float]) -> tuple[float, float]:
-    """Seconds that sites spent training and scoring in committed rounds.
+def site_seconds(events: Sequence[Event], over_sites: Callable[[list[float]], float]) -> tuple[float | None, float]:
+    """Seconds that sites spent training and scoring in committed rounds; None where a private site does not tell.
 
     Args:
         over_sites: what the seconds of a round's sites make: `sum` where one machine plays all of them in turn, the
             largest where they work at the same time.
     """
-    training = [over_sites([row["seconds"] for row in e["accepted"].values()]) for e in committed_rounds(events)]
+    rounds = committed_rounds(events)
+    training = [[row["seconds"] for row in event["accepted"].values()] for event in rounds]
     scoring = [over_sites([row["seconds"] for row in sites.values()]) for sites in scored_rounds(events).values()]
-    return math.fsum(training), math.fsum(scoring)
+    told = all(spent is not None for spents in training for spent in spents)
+    return math.fsum(map(over_sites, training)) if told else None, math.fsum(scoring)
 
 
 def run_incidents(events: Iterable[Event]) -> list[dict[str, Any]]:

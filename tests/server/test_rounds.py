@@ -53,6 +53,7 @@ def test_a_repeated_round_counts_once_as_it_was_committed() -> None:
     assert [event["round"] for event in committed_rounds(events)] == [1, 2]
     assert absences(events, "elm") == {"absent_rounds": [2], "rejected_rounds": []}
     assert traffic(events) == {"up": 3007, "down": 3608}
+    assert traffic([*events, events[-1] | {"bytes": {"down": 50}}]) == {"up": 3007, "down": 3658}
     assert len(history(events)) == 6
 
 
@@ -61,6 +62,9 @@ def test_seconds_of_sites_side_by_side_or_in_turn() -> None:
     events = story(2)
     assert site_seconds(events, max) == (2 * 54.0, 2 * 4.0)
     assert site_seconds(events, sum) == (2 * (54.0 + 47.0 + 39.0), 2 * 12.0)
+    trained = next(event for event in events if event["event"] == "round" and event["round"] > 0)
+    next(iter(trained["accepted"].values()))["seconds"] = None  # as a site with privacy answers
+    assert site_seconds(events, max) == (None, 2 * 4.0)
 
 
 def test_time_between_sessions_and_in_pauses_is_no_work() -> None:
