@@ -127,19 +127,16 @@ def read_certificate(path: Path) -> x509.Certificate:
 def load_pair(context: ssl.SSLContext, path: Path) -> None:
     """Have a TLS context use the key and the certificate in one PEM file, which a renewal may replace at any moment.
 
-    OpenSSL opens the file twice, for the certificate and for the key. Where the rename falls between the two, it sees
-    that they do not belong together; the file is then read once more.
+    OpenSSL opens the file twice, for the certificate and for the key, and a rename may fall between the two. So the
+    file is opened once here, and OpenSSL is given that open file (Linux: /proc/self/fd), which stays the old pair
+    however often the path is renamed over.
 
     Raises:
         OSError, ssl.SSLError: the file cannot be read, or holds no such pair.
     """
-    for tries_left in reversed(range(5)):
-        try:
-            context.load_cert_chain(path)
-            return
-        except ssl.SSLError as error:
-            if error.reason != "KEY_VALUES_MISMATCH" or not tries_left:
-                raise
+    with path.open("rb") as pair:
+        pinned = Path(f"/proc/self/fd/{pair.fileno()}")
+        context.load_cert_chain(pinned if pinned.exists() else path)
 
 
 def days_left(certificate: x509.Certificate, now: datetime | None = None) -> float:

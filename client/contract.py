@@ -1,7 +1,8 @@
 """The contract between a hospital and the server: all that a site may be asked, all that leaves it.
 
 A site's data officer can read this one file to know what crosses the wire. Every type here travels as JSON
-plus raw little-endian float32 numbers: no pickle, no header inside their bytes that could declare more than there is.
+plus raw little-endian float32 numbers, or what client/encoding.py makes of them where the task says so: no pickle, no
+header inside their bytes that could declare more than there is.
 What a real site answers is signed (Ed25519) over the very JSON text, which names the run, the round, the site, the
 base model, n and the hash of the arrays: nothing of it can be swapped, replayed or answered for another.
 """
@@ -12,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,15 +22,20 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
+from client.encoding import Compression, decode, encode
+from client.personalisation import Personalisation
 from medsegdiff.config import DiffusionConfig, ModelConfig, SamplingConfig, TrainingConfig
 from medsegdiff.data.dataset import DatasetConfig
 from medsegdiff.errors import UserError
 from medsegdiff.strict import Strict, compact_json
 from medsegdiff.weights import ModelCard
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 RAW = "medsegfed.raw"  # array bytes: C order, little endian, nothing else
+ENCODED = "medsegfed."  # and the kind of compression: array bytes as client/encoding.py makes them
+AS_IT_IS = Compression()
 PACKED = "packed"  # the one array of a record
+MOST_SITES = 10_000  # of a run whose sites keep state: each question names an update of each
 LARGEST = 1e9  # of a loss, a distance or a time: sums over sites and rounds of what is accepted stay finite
 
 SIGNATURE = "signature"  # the record beside a signed message
@@ -48,7 +54,11 @@ REFUSALS = {
     "privacy-floor": "the site asks for more privacy than the run gives",
     "round-out-of-range": "the round is not one of the approved run",
     "base-changed": "the site has trained this round from another model",
+    "model-missing": "the site does not have the model that is named, and none was sent",
     "incompatible": "the site runs a version with another contract",
+    "privacy-missing": "the run asks for patient-level privacy, and the site has none set up",
+    "budget-spent": "the site's privacy budget does not cover what was asked",
+    "ledger-rolled-back": "the site's privacy ledger is not the one that the server remembers",
 }
 
 Signer = Callable[[bytes], bytes]  # message -> Ed25519 signature
@@ -70,6 +80,34 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
+class PrivacyRequest(Strict):
+    """What a run asks of the sites' privacy policies; None leaves the site's own value, and none may be loosened."""
+
+    epsilon: float | None = None
+    delta: float | None = None
+    sigma: float | None = None
+    q: float | None = None
+    clip: float | None = None
+    batch: int | None = None
+    steps: int | None = None
+    rounds: int | None = None
+    slices: int | None = None
+    draws: int | None = None
+    unit: str | None = None
+    relation: str | None = None
+
+
+@dataclass(frozen=True)
+class PrivacyTask(Strict):
+    """How a run trains at sites that protect their patients by differential privacy."""
+
+    required: bool = True  # whether a site without a privacy section in its site.yaml must stay out
+    # low_rank: corrections of the attention's kernels, norms and biases, 30,000 numbers at most; all: every weight
+    train: Literal["low_rank", "all"] = "low_rank"
+    asks: PrivacyRequest = PrivacyRequest()
+
+
+@dataclass(frozen=True)
 class TrainTask(Strict):
     """All that a site may be asked: fixed for a whole run, and what its data officer approves."""
 
@@ -82,7 +120,11 @@ class TrainTask(Strict):
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     proximal_mu: float = 0.0  # FedProx (Li et al. 2020); 0 is FedAvg
+    control_variates: bool = False  # SCAFFOLD (Karimireddy et al. 2020): mean gradients leave beside the changes
     threads: int = 2  # torch threads: the same count gives the same bits
+    privacy: PrivacyTask | None = None  # None: no site trains with differential privacy
+    compression: Compression = AS_IT_IS  # of the weight changes that leave a site
+    personalisation: Personalisation = Personalisation()  # which weights, or which second model, stay at a site
     contract_version: int = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
@@ -93,11 +135,30 @@ class TrainTask(Strict):
             )
         _require(0 <= self.seed < 2**63, f"seed must lie in 0..2**63 - 1, found {self.seed}")
         _require(0 <= self.proximal_mu < 1000, f"proximal_mu must lie in [0, 1000), found {self.proximal_mu}")
+        _require(
+            self.privacy is None or not self.compression.feeds_back,
+            f"compression {self.compression.kind} feeds back what it leaves out of earlier rounds; with privacy an "
+            "update holds its own round's change alone. Use bf16 or none",
+        )
+
+        _require(
+            self.privacy is None or not self.control_variates,
+            "control variates are mean gradients, and no noise protects the patients in them; with privacy none leaves",
+        )
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether sites keep something from round to round, and so have to know which of their updates counted."""
+        return self.compression.feeds_back or self.personalisation.keeps_state or self.control_variates
 
     @property
     def card(self) -> ModelCard:
         """What a model file trained by this task states about itself."""
         return ModelCard(self.model, self.diffusion, self.sampling, self.dataset)
+
+
+def _is_hash(text: str) -> bool:
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 def _version_message(found: int) -> str:
@@ -113,9 +174,11 @@ class Invitation(Strict):
 
     run: str
     nonce: str  # fresh for every question: an old answer does not fit
+    ledger_anchor: str = ""  # what the site said last of its privacy ledger; it shows a ledger that was put back
 
     def __post_init__(self) -> None:
-        _require(max(len(self.run), len(self.nonce)) <= 128, "a text is longer than 128 signs")
+        texts = (self.run, self.nonce, self.ledger_anchor)
+        _require(max(len(text) for text in texts) <= 128, "a text is longer than 128 signs")
 
 
 @dataclass(frozen=True)
@@ -124,18 +187,26 @@ class Assignment(Strict):
 
     run: str
     round: int  # 1, 2, ...
-    model_hash: str  # hex SHA-256 of the weights sent along
+    model_hash: str  # hex SHA-256 of the weights: sent along, unless the site has scored this very model
+    counted: tuple[str, ...] = ()  # delta_hash of every site's last update that counted; where sites keep state
+    control_hash: str = ""  # hex SHA-256 of SCAFFOLD's control variate, which is sent along; empty: zero, or none
 
     def __post_init__(self) -> None:
         _require(len(self.run) <= 128, "a text is longer than 128 signs")
         _require(0 <= self.round <= 100_000, f"round must lie in 0..100000, found {self.round}")
-        is_hash = len(self.model_hash) == 64 and set(self.model_hash) <= set("0123456789abcdef")
-        _require(is_hash, "model_hash must be 64 hexadecimal digits")
+        _require(_is_hash(self.model_hash), "model_hash must be 64 hexadecimal digits")
+        _require(not self.control_hash or _is_hash(self.control_hash), "control_hash must be 64 hexadecimal digits")
+        _require(len(self.counted) <= MOST_SITES, f"counted names more than {MOST_SITES} updates")
+        _require(all(map(_is_hash, self.counted)), "counted must name updates by 64 hexadecimal digits each")
 
 
 @dataclass(frozen=True)
 class Presence(Strict):
-    """A site's answer to "who is there?"."""
+    """A site's answer to "who is there?".
+
+    With privacy on, no figure depends on a patient: `train_patients` is the site's planned public weight, the other
+    counts are zero.
+    """
 
     site: str
     run: str
@@ -145,13 +216,17 @@ class Presence(Strict):
     faults: int  # cases of the site's data that cannot be used
     software: dict[str, str] = field(default_factory=dict)  # versions of medsegfed, torch, flwr, python
     application: str = ""  # hash of the program that runs at the site; empty at virtual sites
-    audit_head: str = ""  # head of the site's audit log: kept here, it shows a log that was rolled back there
+    # Head of the site's audit log: kept here, it shows a log that was rolled back there. Empty with privacy on: the
+    # hash of a line could be guessed, and with it the moment when a training ended.
+    audit_head: str = ""
+    private: bool = False  # whether the site trains with patient-level differential privacy
+    ledger_anchor: str = ""  # keyed hash of the head of the site's privacy ledger; only the site can tell what it means
     contract_version: int = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
         _require(self.contract_version == CONTRACT_VERSION, _version_message(self.contract_version))
         _require(len(self.software) <= 8, "software names at most 8 programs")
-        texts = [self.site, self.run, self.nonce, self.application, self.audit_head]
+        texts = [self.site, self.run, self.nonce, self.application, self.audit_head, self.ledger_anchor]
         texts += [*self.software, *self.software.values()]
         _require(all(len(text) <= 128 for text in texts), "a text is longer than 128 signs")
         counts = (self.train_patients, self.test_patients, self.faults)
@@ -162,7 +237,11 @@ class Presence(Strict):
 class Update(Strict):
     """All that leaves a hospital after training in a round. A new field is a privacy decision.
 
-    delta (kept beside the fields below on the wire): trained minus received weights, float32, one array per name.
+    delta (kept beside the fields below on the wire): trained minus received weights; with error feedback, plus what an
+    earlier compression left out; compressed as the task says.
+
+    With privacy on, loss and seconds are None, `patients` is the site's planned public weight and delta is noised:
+    beside delta and its hash, nothing depends on a patient.
     """
 
     site: str
@@ -171,13 +250,24 @@ class Update(Strict):
     base_hash: str  # the model the delta starts from
     patients: int  # n: training patients, the weight of the site
     steps: int
-    loss: float  # mean diffusion loss over the steps
-    seconds: float
-    delta_hash: str  # hex SHA-256 of the arrays: what is signed
+    loss: float | None  # mean diffusion loss over the steps
+    seconds: float | None
+    delta_hash: str  # hex SHA-256 of the arrays, float32, as the server reads them: what is signed
+    epsilon: float | None = None  # spent by the site's patients in all, this round included; None: no privacy
+    privacy_delta: float | None = None  # at which epsilon is stated
+    ledger_anchor: str = ""  # as in Presence, after this round
 
     def __post_init__(self) -> None:
-        for name in ("loss", "seconds"):
-            _require(0 <= getattr(self, name) <= LARGEST, f"{name} must lie in 0..1e9, found {getattr(self, name)}")
+        for name in ("loss", "seconds", "epsilon"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value <= LARGEST, f"{name} must lie in 0..1e9, found {value}")
+        _require(len(self.ledger_anchor) <= 128, "a text is longer than 128 signs")
+        private, open_ = (self.epsilon, self.privacy_delta), (self.loss, self.seconds)
+        _require(
+            (None not in open_ and set(private) == {None}) or (None not in private and set(open_) == {None}),
+            "an update tells either loss and seconds or, with privacy, epsilon and its delta",
+        )
+        _require(self.privacy_delta is None or 0 < self.privacy_delta < 1, "privacy_delta must lie in (0, 1)")
 
 
 @dataclass(frozen=True)
@@ -197,13 +287,19 @@ class Scores(Strict):
     hd95_mm: float | None = None  # mean over patients and targets where defined
     hd95_undefined: int = 0  # (patient, target) pairs with exactly one empty mask
     seconds: float = 0.0
+    personal_dice: float | None = None  # the same of the site's own second model (ditto, fine_tune), which stays there
+    personal_hd95_mm: float | None = None
 
     def __post_init__(self) -> None:
-        numbers = [self.dice, self.hd95_mm, self.seconds, *self.dice_by_target.values()]
+        numbers = [self.dice, self.hd95_mm, self.seconds, self.personal_dice, self.personal_hd95_mm]
+        numbers += self.dice_by_target.values()
         _require(all(0 <= x <= LARGEST for x in numbers if x is not None), "scores must lie in 0..1e9")
         _require(self.patients >= 0 and self.hd95_undefined >= 0, "counts must not be negative")
         _require(max(self.patients, self.hd95_undefined) <= LARGEST, "counts must lie in 0..1e9")
-        _require(all(x <= 1 for x in [self.dice, *self.dice_by_target.values()] if x is not None), "Dice is at most 1")
+        _require(
+            all(x <= 1 for x in [self.dice, self.personal_dice, *self.dice_by_target.values()] if x is not None),
+            "Dice is at most 1",
+        )
 
 
 def to_wire(message: object) -> ConfigRecord:
@@ -277,18 +373,36 @@ def _statement(name: str, text: str) -> bytes:
     return f"medsegfed/{CONTRACT_VERSION}/{name}\n{text}".encode()
 
 
-def arrays_to_wire(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Float32 tensors as one raw array: in the order of their names, each in C order, end to end.
+def arrays_to_wire(tensors: Mapping[str, Tensor], compression: Compression = AS_IT_IS) -> ArrayRecord:
+    """Float32 tensors as one array: raw, in the order of their names, each in C order, end to end; or compressed.
 
     One, because Flower moves every array as an object with requests of its own, at each of five hops.
+
+    Raises:
+        ContractError: values that are not finite are to be compressed.
     """
+    if compression.kind != "none":
+        try:
+            return _encoded(encode(tensors, compression), compression)
+        except ValueError as error:
+            raise ContractError(str(error)) from None
     flat = [tensors[name].detach().cpu().contiguous().numpy().astype("<f4", copy=False) for name in sorted(tensors)]
-    data = b"".join(values.reshape(-1).data for values in flat)
+    return packed_record(b"".join(values.reshape(-1).data for values in flat))
+
+
+def packed_record(data: bytes) -> ArrayRecord:
+    """Float32 values that lie end to end, little endian, in the order of their tensors' names, as the one array."""
     return ArrayRecord({PACKED: Array("float32", (len(data) // 4,), RAW, data)})
 
 
-def arrays_from_wire(record: ArrayRecord, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """One raw array as the tensors it holds, checked before anything is allocated.
+def _encoded(data: bytes, compression: Compression) -> ArrayRecord:
+    return ArrayRecord({PACKED: Array("uint8", (len(data),), ENCODED + compression.kind, data)})
+
+
+def arrays_from_wire(
+    record: ArrayRecord, expected: Mapping[str, tuple[int, ...]], compression: Compression = AS_IT_IS
+) -> dict[str, Tensor]:
+    """One array as the float32 tensors it holds, checked before anything is allocated.
 
     Tensors share the array's memory where that may be written (as server/grid.py joins an answer), or have their own.
 
@@ -297,14 +411,22 @@ def arrays_from_wire(record: ArrayRecord, expected: Mapping[str, tuple[int, ...]
 
     Raises:
         ContractError: other arrays than the one, another type, shape or number of bytes than these tensors take, or a
-            value that is not finite.
+            value that is not finite; of compressed ones, bytes that do not decode to exactly these tensors.
     """
     if list(record) != [PACKED]:
         found = sorted(record)
         raise ContractError(f"it holds {len(found)} arrays ({[n[:40] for n in found[:3]]}), not one '{PACKED}'")
     array = record[PACKED]
-    if array.stype != RAW or array.dtype != "float32":
-        raise ContractError(f"its array is {array.dtype[:20]}/{array.stype[:20]}, not float32/{RAW}")
+    stype, dtype = (RAW, "float32") if compression.kind == "none" else (ENCODED + compression.kind, "uint8")
+    if array.stype != stype or array.dtype != dtype:
+        raise ContractError(f"its array is {array.dtype[:20]}/{array.stype[:20]}, not {dtype}/{stype}")
+    if compression.kind != "none":
+        if tuple(array.shape) != (len(array.data),):
+            raise ContractError(f"its array has shape {tuple(array.shape)[:8]}, not {(len(array.data),)}")
+        try:
+            return decode(array.data, compression, expected)
+        except ValueError as error:
+            raise ContractError(str(error)) from None
     sizes = {name: math.prod(shape) for name, shape in expected.items()}
     values = sum(sizes.values())
     if tuple(array.shape) != (values,):

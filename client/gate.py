@@ -9,18 +9,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
-from client.contract import Presence, Scores, Signer, Update, arrays_to_wire, sign, to_wire
+from client.contract import (
+    AS_IT_IS,
+    ContractError,
+    Presence,
+    Scores,
+    Signer,
+    Update,
+    arrays_from_wire,
+    arrays_to_wire,
+    sign,
+    to_wire,
+)
+from client.encoding import Compression
 from medsegdiff.errors import UserError
 from medsegdiff.weights import hash_weights
 
 
 def release_update(
-    update: Update, delta: Mapping[str, Tensor], base: Mapping[str, Tensor], signer: Signer | None = None
+    update: Update,
+    delta: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    signer: Signer | None = None,
+    compression: Compression = AS_IT_IS,
+    arrays: ArrayRecord | None = None,
 ) -> RecordDict:
     """An update as it leaves the site, signed where the site has a key.
+
+    Args:
+        delta: as the server will read it.
+        arrays: `delta` as it travels, where it is compressed; it is read here as the server reads it.
 
     Raises:
         UserError: an array that the model does not have, of another shape or type, with values that are not finite, or
@@ -44,7 +65,20 @@ def release_update(
             )
     if hash_weights(delta) != update.delta_hash:
         raise UserError(f"{update.site}: the update gate stopped arrays that changed after training. Nothing was sent.")
-    return sign(RecordDict({"update": to_wire(update), "delta": arrays_to_wire(delta)}), "update", signer)
+    arrays = arrays_to_wire(delta) if arrays is None else _read_again(update, arrays, base, compression)
+    return sign(RecordDict({"update": to_wire(update), "delta": arrays}), "update", signer)
+
+
+def _read_again(
+    update: Update, arrays: ArrayRecord, base: Mapping[str, Tensor], compression: Compression
+) -> ArrayRecord:
+    try:
+        found = arrays_from_wire(arrays, {name: tuple(value.shape) for name, value in base.items()}, compression)
+    except ContractError as error:
+        raise UserError(f"{update.site}: the update gate stopped arrays that cannot be read: {error}.") from None
+    if hash_weights(found) != update.delta_hash:
+        raise UserError(f"{update.site}: the update gate stopped arrays that do not decode to the signed change.")
+    return arrays
 
 
 def release_scores(scores: Scores, signer: Signer | None = None) -> RecordDict:

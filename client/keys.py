@@ -173,6 +173,10 @@ class SiteKeys:
         """What logs and reports call a case: 12 hex digits that only this site's names.key ties to the name."""
         return hmac.new(self._names, name.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:12]
 
+    def anchor(self, head: str) -> str:
+        """What a server may remember of a log's head: only this site can tell which line it stands for."""
+        return hmac.new(self._names, b"log head\0" + head.encode(), hashlib.sha256).hexdigest()
+
     def tls_key(self) -> ec.EllipticCurvePrivateKey:
         """The TLS key in use."""
         return self._tls_key(read_bytes(self.tls_file))

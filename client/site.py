@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from client.contract import Invitation, Presence, TrainTask
 from client.policy import SitePolicy
+from client.privacy.policy import SitePrivacy
 from client.scrub import CaseName, Public
 from medsegdiff.data.dataset import DatasetConfig, open_dataset
 from medsegdiff.data.prepare import Prepared, prepare
@@ -35,7 +36,10 @@ class SiteConfig(Strict):
     device: str | int = "auto"  # "auto", "cpu", "cuda", a GPU's index (1) or part of its name ("H200")
     compile: bool = False  # have torch compile each round's training: a minute at its start, faster steps after it
     keys: str | None = None  # folder of the site's keys, relative to site.yaml; None: a virtual site
+    # Channels of a run that this site does not acquire: the network sees the mean there, and learns to do without.
+    missing_channels: tuple[str, ...] = ()
     policy: SitePolicy = SitePolicy()  # what the data officer lets run
+    privacy: SitePrivacy | None = None  # patient-level differential privacy; with it, nothing is trained without
 
 
 @dataclass(frozen=True)
@@ -80,21 +84,24 @@ class Site:
             dataset = open_dataset(self.path.parent / self.config.data)
             self._check_schema(dataset.config, task.dataset)
             self._schema = dataset.config
-            self._data[size] = self._split(prepare(dataset, size, self._cache()))
+            prepared = prepare(dataset, size, self._cache())
+            self._data[size] = self._split(self._filled(prepared, dataset.config, task.dataset))
         self._check_schema(self._schema, task.dataset)  # kept data may have been opened for another run
         return self._data[size]
 
-    def presence(self, task: TrainTask, invitation: Invitation) -> Presence:
-        """Counts and versions that tell the server who takes part."""
-        data = self.data(task)
+    def presence(self, task: TrainTask, invitation: Invitation, privacy: SitePrivacy | None = None) -> Presence:
+        """Counts and versions that tell the server who takes part; under `privacy` none that depends on a patient."""
+        data = self.data(task)  # also where nothing of it is told: data that cannot be read should show at once
+        private = privacy is not None
         return Presence(
             site=self.name,
             run=invitation.run,
             nonce=invitation.nonce,
-            train_patients=data.train_patients,
-            test_patients=data.test_patients,
-            faults=data.faults,
+            train_patients=privacy.weight if privacy is not None else data.train_patients,
+            test_patients=0 if private else data.test_patients,
+            faults=0 if private else data.faults,
             software=software(),
+            private=private,
         )
 
     def _cache(self) -> Path:
@@ -120,15 +127,40 @@ class Site:
             )
         return SiteData(by_split["train"], by_split["test"], len(prepared.faults))
 
+    def _filled(self, prepared: Prepared, own: DatasetConfig, asked: DatasetConfig) -> Prepared:
+        """The cases with all channels that are asked for; those that the site misses are the mean throughout."""
+        if not self.config.missing_channels:
+            return prepared
+        log.warning(
+            "%s: has no %s (missing_channels of site.yaml): the network sees the mean there",
+            Public(self.name),
+            Public(", ".join(self.config.missing_channels)),
+        )
+        places = tuple(own.channels.index(name) if name in own.channels else None for name in asked.channels)
+        return replace(prepared, cases=tuple(replace(case, places=places) for case in prepared.cases))
+
     def _check_schema(self, own: DatasetConfig, asked: DatasetConfig) -> None:
+        missing = self.config.missing_channels
+        odd = [name for name in missing if name not in asked.channels or name in own.channels]
+        if odd:
+            raise UserError(
+                f"{self.name}: missing_channels of site.yaml names {', '.join(odd)}, which the run does not ask for or "
+                f"the data has; the run asks for {', '.join(asked.channels)}, the data has {', '.join(own.channels)}. "
+                "Nothing was trained. Name exactly the channels that are missing."
+            )
         for what, mine, theirs in (
-            ("channels", list(own.channels), list(asked.channels)),
+            ("channels", list(own.channels), [name for name in asked.channels if name not in missing]),
             ("labels", list(own.label_names), list(asked.label_names)),
         ):
             if mine != theirs:
                 raise UserError(
                     f"{self.name}: its data has the {what} {mine}, the run asks for {theirs}; nothing was trained. "
-                    "Make dataset.yaml and the run agree."
+                    "Make dataset.yaml and the run agree"
+                    + (
+                        "; a channel that is not acquired here goes into missing_channels of site.yaml."
+                        if what == "channels"
+                        else "."
+                    )
                 )
 
 

@@ -62,7 +62,8 @@ def approve_run(folder: Path, run: str, by: str, confirmed: Callable[[list[str]]
             raise UserError(f"{refusal} It will wait here again as soon as the server asks.") from None
         return f"{run} is approved already: {approval.approved_at}, by {approval.by}."
     waiting = waiting or pending_run(folder, run)
-    facts = _facts(folder, waiting.task, SiteFacts(config.policy, config.name, application), keys)
+    known = SiteFacts(config.policy, config.name, application, privacy=config.privacy)
+    facts = _budget(folder, waiting.task, run, _facts(folder, waiting.task, known, keys))
     if not confirmed(explain_task(waiting.task, run, facts)):
         return f"{run}: not approved; it goes on waiting, and nothing is trained."
     approval = approve(folder, waiting, keys, application.hash, by)
@@ -101,6 +102,27 @@ def _facts(folder: Path, task: TrainTask, facts: SiteFacts, keys: SiteKeys) -> S
         return facts  # the page shows that nothing was counted; doctor says why
     slices = sum(case.slices for case in data.train)
     return replace(facts, train_patients=data.train_patients, test_patients=data.test_patients, train_slices=slices)
+
+
+def _budget(folder: Path, task: TrainTask, run: str, facts: SiteFacts) -> SiteFacts:
+    """What the ledger says of the run; nothing where the site is not private or refuses the run anyway."""
+    from dataclasses import replace
+
+    from client.private_training import forecast, open_ledger, terms_of
+
+    try:
+        terms = terms_of(facts.privacy, task)
+    except Refusal:
+        return facts  # the page says why
+    if terms is None:
+        return facts
+    ledger = open_ledger(folder, terms.policy, audited=True)
+    account = ledger.account()
+    facts = replace(facts, spent=ledger.spent().epsilon if account.entries else 0.0)
+    try:
+        return replace(facts, planned=forecast(ledger, terms.policy, task, run))
+    except Refusal:
+        return facts
 
 
 def _note(folder: Path, event: str, run: str, task: TrainTask | None, application: str | None, by: str) -> None:

@@ -68,6 +68,7 @@ def simulate(
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")] = None,
     engine: Annotated[str, typer.Option(help="inline (this process) or ray (Flower's simulation engine).")] = "inline",
     resume: Annotated[bool, typer.Option(help="Go on with the run that the folder holds.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Of a recipe with several budgets: runs at a time.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Virtual hospitals on one machine: federated, local-only and pooled training, and a report.
@@ -79,8 +80,17 @@ def simulate(
     from rich.console import Console
 
     from server.report import summary_table
+    from simulations.budgets import compare_budgets, wants_budgets
     from simulations.simulate import simulate as run
 
+    if wants_budgets(recipe):
+        found = compare_budgets(recipe, data, out, engine, resume, jobs)  # type: ignore[arg-type]
+        if as_json:
+            _print_json(found.figures)
+        else:
+            typer.echo(found.table)
+            typer.echo(f"Plot: {found.plot}\nPage: {found.page}")
+        return
     outcome = run(recipe, data, out, engine, resume)  # type: ignore[arg-type]  # checked above
     if as_json:
         _print_json(outcome.report)

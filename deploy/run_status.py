@@ -18,7 +18,7 @@ from typing import Any
 from medsegdiff.errors import UserError
 from medsegdiff.strict import load_yaml
 from server.journal import Event, read_events
-from server.rounds import ENDED, committed_rounds, round_seconds, run_state, scored_rounds
+from server.rounds import ENDED, committed_rounds, round_seconds, run_state, sample_size, scored_rounds
 
 RECENT_ROUNDS = 10  # whose seconds foretell the next ones
 AUDIT_TAIL = 256 * 1024  # bytes: some hundred decisions, more than a round of many sites has
@@ -109,7 +109,8 @@ class ToldRun:
             "rounds": rounds,
             "round_at_hand": self.round_at_hand if self.under_way else None,
             "sites": len(self.roster),
-            "quorum": _whole(self.plan.get("quorum")) or len(self.roster) or None,
+            "quorum": _whole(self.plan.get("quorum")) or self._sample or None,
+            "sample": None if self.plan.get("sample") is None else self._sample,
             "seconds_per_round": None if pace is None else round(pace, 1),
             "eta_seconds": self._eta(pace, now) if state == "running" else None,
             "dice": math.fsum(dice) / len(dice) if dice else None,
@@ -119,6 +120,18 @@ class ToldRun:
             "started": self.events[0].get("time") if self.events else None,
             "last_event": self.events[-1].get("time") if self.events else None,
         }
+
+    @property
+    def _sample(self) -> int:
+        """Updates that a round is to be made of."""
+        sample = self.plan.get("sample")
+        known = isinstance(sample, (int, float)) and not isinstance(sample, bool)
+        return sample_size(sample if known else None, len(self.roster))
+
+    def drawn(self, site: str) -> bool:
+        """Whether the round at hand asks a site: all of them, unless the plan asks for a sample."""
+        told = next((event for event in reversed(self.events) if event["event"] == "chosen"), None)
+        return told is None or told.get("round") != self.round_at_hand or site in told.get("sites", [])
 
     def _phase(self) -> str:
         """What a run that goes on is at."""
@@ -237,6 +250,13 @@ _WORDS: dict[str, Callable[[Event], str]] = {
     "selected": lambda e: f"the model of round {e['round']} of {e['rounds']} is handed out, the best by {e['by']}",
     "stranger": lambda e: f"a message is left out: {e['reason']}",
     "left": lambda e: f"{e['site']} is no member any more",
+    "canary": lambda e: (
+        f"a canary: {len(e['sites'])} sites are asked " + ("for one step" if e["step"] else "who they are")
+    ),
+    "tried": lambda e: (
+        f"{e['site']} " + (f"would fail: {e['reason']}" if "reason" in e else f"is ready: {e['seconds']:.1f} s a step")
+    ),
+    "chosen": lambda e: f"round {e['round']} asks {len(e['sites'])} sites: {', '.join(e['sites'])}",
     "lost": lambda e: f"{e['site']} lost its line",
     "paused": _tell_pause,
     "interrupted": lambda e: f"interrupted, tried again until it works: {e['reason']}",

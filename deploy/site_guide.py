@@ -80,7 +80,17 @@ policy:
   application: null        # hash of the one program that may run (medsegfed doctor shows it); null: approved with a run
   max_rounds: 200          # a run with more rounds is refused
   min_patients: 5          # with fewer training patients the site takes no part: updates would say too much of each
-  privacy_floor: null      # for differential privacy, which this version does not have yet
   allowed_hours: null      # "18:00-07:00": train at night only, by this machine's clock; null: at any time
   approval_required: true  # each run waits until medsegfed approve RUN; keep this unless you trust every run
+
+# Patient-level differential privacy (docs/privacy.md). null: none. With a section, nothing is trained here without it,
+# and no run may loosen it. medsegfed privacy plan works out sigma, q and steps; its numbers are public.
+#
+# privacy:
+#   weight: 200              # what the site counts for: planned, not the number of patients
+#   held_out: withheld       # withheld: no score leaves; public: the held-out patients are declared public
+#   answer_every: 60.0       # seconds: an answer leaves at a multiple, for its time tells how many patients were drawn
+#   mechanism:
+#     {{epsilon: 3.0, delta: 1.0e-5, sigma: 2.41, q: 0.1, clip: 1.0, batch: 20, steps: 5, rounds: 50}}
+privacy: null
 """

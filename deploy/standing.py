@@ -227,6 +227,8 @@ def _at_work(name: str, run: ToldRun, answered: bool, online: bool) -> State:
         return trouble
     if not online:
         return "absent", None
+    if not run.scoring and not run.drawn(name):
+        return "idle", None
     at_work = "scoring" if run.scoring else "training"
     return (at_work if introduced and run.state == "running" else "waiting"), None
 

@@ -150,7 +150,9 @@ def _run_parts(status: dict[str, Any]) -> list[str]:
     if run["rounds"] is not None:
         parts.append(f"{run['round']} of {run['rounds']} rounds")
     if run["quorum"] is not None:
-        parts.append(f"quorum {run['quorum']} of {run['sites']}")
+        parts.append(f"quorum {run['quorum']} of {run['sites'] if run['sample'] is None else run['sample']}")
+    if run["sample"] is not None:
+        parts.append(f"{run['sample']} of {run['sites']} sites a round")
     if run["dice"] is not None:
         parts.append(f"mean Dice {run['dice']:.3f}")
     if run["seconds_per_round"] is not None:

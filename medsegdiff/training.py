@@ -34,6 +34,9 @@ from medsegdiff.objective import denoising_loss
 log = logging.getLogger("medsegfed.training")
 
 
+OnGradient = Callable[[Mapping[str, torch.nn.Parameter]], None]  # gradients lie in the parameters
+
+
 class Batches(Protocol):
     """Where slices come from."""
 
@@ -72,6 +75,7 @@ class Trainer:
         average: weight average to update after each step, if any.
         microbatch: slices that go through the network at once; None: the whole batch. Halved, for good, whenever
             memory runs out.
+        towards: w_0 of the proximal term, where it is not the weights at construction.
         compile: have torch compile the loss; the network, its names and what is saved stay as they are.
 
     Guarantees:
@@ -93,6 +97,7 @@ class Trainer:
         average: WeightAverage | None = None,
         microbatch: int | None = None,
         compile: bool = False,
+        towards: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.network = channels_last(network)
         self.diffusion = diffusion
@@ -106,9 +111,11 @@ class Trainer:
         self.parameters = dict(network.named_parameters())
         self.device = next(iter(self.parameters.values())).device
         self.loader = Loader(self._draw, self.device)
-        self.anchor = [p.detach().clone() for p in self.parameters.values()] if proximal_mu > 0 else []
+        origin = towards or {name: value.detach().clone() for name, value in self.parameters.items()}
+        self.anchor = [origin[name].to(self.device) for name in self.parameters] if proximal_mu > 0 else []
         groups = weight_decay_groups(self.parameters, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+        self.on_gradient: OnGradient | None = None  # shown every step's gradient, before the proximal term and clipping
         # The function, not the module: a compiled module renames every tensor of its state_dict.
         self._loss = torch.compile(denoising_loss) if compile else denoising_loss
 
@@ -195,6 +202,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step, self.total_steps)
         loss = self._gradient(step, inputs)
+        if self.on_gradient is not None:
+            self.on_gradient(self.parameters)
         self._add_proximal_gradient()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
         self.optimizer.step()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,4 +153,15 @@ def hash_weights(weights: Mapping[str, Tensor]) -> str:
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def hash_packed(data: bytes, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """`hash_weights` of float32 tensors that lie end to end, little endian, in the order of their names."""
+    digest, view, at = hashlib.sha256(), memoryview(data), 0
+    for name in sorted(shapes):
+        size = 4 * math.prod(shapes[name])
+        digest.update(f"{name}|{torch.float32}|{tuple(shapes[name])}|".encode())
+        digest.update(view[at : at + size])
+        at += size
     return digest.hexdigest()

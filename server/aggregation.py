@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+SHARE_BITS = 20  # resolution of a weight that is a part of n
 SCALE_BITS = 36  # resolution 1.5e-11 of a weight; room for a sum of n * |delta| up to 2**26 per weight
-BLOCK = 2**16  # values folded at once: 512 KiB of float64, which stay in a core's cache
+BLOCK = 2**18  # values folded at once: 2 MiB of float64, a core's cache; smaller ones lose more to calls of numpy
 _LIMIT = 2.0**62  # half the range of int64: a sum of two values below it cannot wrap
 _EXACT = 2.0**52  # float64 holds every integer below it, and its sums of two, exactly
 
@@ -44,32 +45,42 @@ class FixedPointSum:
         self._integers: dict[str, NDArray[np.int64]] | None = None  # the same memory, once it holds int64
         self._bound = 0.0  # no sum is larger than it, in units of 2**-SCALE_BITS
         self._scaled = np.empty(BLOCK, np.float64)
-        self.total = 0
+        self._parts = 0  # sum of the weights, in units of 2**-SHARE_BITS: exact in any order
 
-    def add(self, delta: Mapping[str, Tensor], n: int) -> None:
-        """Fold one update, weight n >= 1.
+    @property
+    def total(self) -> float:
+        """Sum of the weights."""
+        return self._parts / (1 << SHARE_BITS)
+
+    def add(self, delta: Mapping[str, Tensor], n: int, share: float = 1.0) -> None:
+        """Fold one update, weight n >= 1, or a part of it, rounded to a multiple of 2**-SHARE_BITS.
+
+        Args:
+            share: in (0, 1]: how much of n counts.
 
         Raises:
             AggregationOverflow: n x delta, or the sum with it, leaves the representable range.
         """
         if n < 1:
             raise AggregationOverflow(f"weight {n} is below 1")
+        parts = n * (1 << SHARE_BITS) if share == 1 else max(1, round(n * share * (1 << SHARE_BITS)))
+        weight = parts / (1 << SHARE_BITS)
         added: list[tuple[str, int, NDArray[np.float32]]] = []
         peak = 0.0
         for name, begin, values in self._blocks(delta):
-            largest = max(float(values.max()), -float(values.min())) * (n * 2.0**SCALE_BITS)
+            largest = max(float(values.max()), -float(values.min())) * (weight * 2.0**SCALE_BITS)
             scaled = self._scaled[: len(values)]
             np.copyto(scaled, values)  # a multiplication that converts on the way is slower
-            np.multiply(scaled, n * 2.0**SCALE_BITS, out=scaled)
+            np.multiply(scaled, weight * 2.0**SCALE_BITS, out=scaled)
             if not self._fits(name, begin, scaled, largest):
                 for other, start, taken in added:  # integers: what was added is taken away without a trace
-                    self._fold(other, start, -np.multiply(taken, n * 2.0**SCALE_BITS, dtype=np.float64))
+                    self._fold(other, start, -np.multiply(taken, weight * 2.0**SCALE_BITS, dtype=np.float64))
                 raise AggregationOverflow(f"weight {n} times the change of '{name}' exceeds the fixed-point range")
             self._fold(name, begin, scaled)
             added.append((name, begin, values))
             peak = max(peak, largest)
         self._bound += peak
-        self.total += n
+        self._parts += parts
 
     def mean(self) -> dict[str, Tensor]:
         """The weighted mean update, float32. Raises ValueError when nothing was added."""
@@ -82,7 +93,7 @@ class FixedPointSum:
         return {name: self._mean(name, values.pop(name)) for name in list(values)}
 
     def _values(self) -> Mapping[str, NDArray[Any]]:
-        if self.total == 0:
+        if self._parts == 0:
             raise ValueError("no update was added, so there is no mean")
         return self._sums if self._integers is None else self._integers
 

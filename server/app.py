@@ -11,10 +11,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
-from medsegdiff.weights import hash_weights, initial_weights, save_model
+from medsegdiff.weights import hash_weights, save_model
+from server.canary import carry_out_canary
 from server.checkpoints import CheckpointStore
 from server.config import RunPlan
 from server.exchange import RunStopped
+from server.initial import first_weights
 from server.journal import Journal
 from server.membership import Membership
 from server.rounds import STOP
@@ -64,11 +66,13 @@ def run_federation(grid: Grid, folder: Path) -> None:
 
 
 def _carry_out(grid: Grid, folder: Path, plan: RunPlan, journal: Journal, membership: Membership | None) -> str:
+    if plan.canary:
+        return carry_out_canary(grid, folder, plan, journal, membership, (folder / STOP).exists)
     store = CheckpointStore(folder / "checkpoints")
     strategy = FederatedAveraging(plan, store, journal, membership, (folder / STOP).exists)
     strategy.summary()
     if store.latest(plan.run_id) is None:
-        strategy.begin(initial_weights(plan.task.model, plan.task.seed))
+        strategy.begin(first_weights(plan, folder))
     strategy.start(grid, ArrayRecord(), num_rounds=plan.task.rounds, timeout=plan.deadline_seconds)
     assert strategy.chosen is not None
     save_model(folder / "model.safetensors", plan.task.card, strategy.chosen.released)

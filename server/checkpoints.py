@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ from torch import Tensor
 from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
 from medsegdiff.strict import canonical_json
-from medsegdiff.weights import hash_weights, read_tensors
+from medsegdiff.weights import hash_packed, hash_weights, read_tensors
 
 log = logging.getLogger("medsegfed.server")
 
 KEPT = 3
 BEST = "best.safetensors"
 AVERAGE = "average"  # part of the memory: the model averaged over rounds
+_PIECE = 2**22  # bytes read at a time
+_LARGEST_HEAD = 10**8  # bytes of a file's own description
 _PART = "/"  # between a part of the optimizer's memory and a weight's name, which has none
 
 
@@ -129,6 +133,48 @@ class CheckpointStore:
         except UserError as error:
             raise UserError(str(error)) from OSError(error)
 
+    def packed(self, committed: Committed, identity: str, part: str = "") -> bytes:
+        """A committed round's weights, or a part of its memory, as they travel: float32, name after name.
+
+        Read piece by piece: nothing else of the model is in memory beside them, for they are also sent while the sum of
+        a round's updates is there.
+
+        Args:
+            identity: the hash they must have.
+
+        Raises:
+            UserError: the file is gone, or not as it was written; caused by an OSError.
+        """
+        path = self._path(committed.round)
+        try:
+            with path.open("rb") as file:
+                head = int.from_bytes(file.read(8), "little")  # safetensors: length, JSON, data
+                entries = json.loads(file.read(min(head, _LARGEST_HEAD)))
+                wanted = {
+                    name.removeprefix(f"{part}{_PART}"): entry
+                    for name, entry in entries.items()
+                    if name != "__metadata__" and name.rpartition(_PART)[0] == part
+                }
+                shapes = {name: tuple(entry["shape"]) for name, entry in wanted.items()}
+                due = 4 * sum(math.prod(shape) for shape in shapes.values())
+                data = BytesIO()
+                for name in sorted(wanted):
+                    begin, end = wanted[name]["data_offsets"]
+                    file.seek(8 + head + begin)
+                    while begin < end:
+                        piece = file.read(min(_PIECE, end - begin))
+                        if not piece:
+                            raise ValueError("its end is missing")
+                        data.write(piece)
+                        begin += len(piece)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _unreadable(path, str(error)) from OSError(error)
+        found = data.getvalue()  # the buffer itself, not a copy
+        if len(found) != due or hash_packed(found, shapes) != identity:
+            fault = "its weights do not have the hash they were written with"
+            raise _unreadable(path, fault) from OSError(fault)
+        return found
+
     def _load(self, path: Path, run: str) -> Checkpoint:
         tensors, metadata = read_tensors(path)
         weights = {name: value for name, value in tensors.items() if _PART not in name}
@@ -153,6 +199,10 @@ class CheckpointStore:
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("round-*.safetensors"), reverse=True)
+
+
+def _unreadable(path: Path, fault: str) -> UserError:
+    return UserError(f"{path}: cannot be read ({fault}). It was written by this run; look at the disk, and go on.")
 
 
 def _seal(metadata: dict[str, str]) -> str:

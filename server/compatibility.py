@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
 
+from client.personalisation import Kind as Personal
+
 if TYPE_CHECKING:
+    from client.contract import TrainTask
     from server.config import StrategyConfig
 
 Rule = Literal["mean", "norm_clip", "median", "trimmed_mean", "multi_krum", "centred_clip"]
-Optimizer = Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi"]
+Optimizer = Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "scaffold"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,23 @@ class Features:
     privacy: Literal["none", "patient_dp"] = "none"
     compression: Literal["none", "bf16", "int8", "top_k"] = "none"
     secure_aggregation: Literal["none", "masked_sum"] = "none"
-    personalisation: Literal["none", "local_norms", "local_model"] = "none"
+    personalisation: Personal = "none"
+    stragglers: Literal["none", "carry"] = "none"
 
     @classmethod
-    def of(cls, strategy: StrategyConfig) -> Features:
-        """What a strategy chooses."""
-        return cls(optimizer=strategy.name, rule=strategy.rule, weighting=strategy.weighting or "natural")
+    def of(
+        cls, strategy: StrategyConfig, task: TrainTask | None = None, late: Literal["drop", "carry"] = "drop"
+    ) -> Features:
+        """What a strategy, and the task that it is for, choose."""
+        return cls(
+            optimizer=strategy.name,
+            rule=strategy.rule,
+            weighting=strategy.weighting or "natural",
+            privacy="patient_dp" if task is not None and task.privacy is not None else "none",
+            compression=task.compression.kind if task is not None else "none",
+            personalisation=task.personalisation.kind if task is not None else "none",
+            stragglers="carry" if late == "carry" else "none",
+        )
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,12 @@ CONFLICTS = (
         "could be a majority of its own",
     ),
     Conflict(
+        ("weighting", ("examples",)),
+        ("privacy", ("patient_dp",)),
+        "a site's number of patients is a fact about each of them, and a private site does not tell it; leave "
+        "weighting out, and sites count by the public weights that they planned",
+    ),
+    Conflict(
         ("rule", ("norm_clip", *_ROBUST)),
         ("secure_aggregation", ("masked_sum",)),
         "the rule looks at single updates, and secure aggregation shows the server their sum alone",
@@ -70,10 +90,64 @@ CONFLICTS = (
         "up, and fewer bits save no byte",
     ),
     Conflict(
-        ("optimizer", ("fedavgm", "fedadam", "fedyogi")),
-        ("personalisation", ("local_model",)),
-        "the server's memory assumes that sites start each round from the model it sends; with models of their own "
-        "they do not",
+        ("compression", ("int8", "top_k")),
+        ("privacy", ("patient_dp",)),
+        "error feedback makes an update hold parts of earlier rounds' changes: the site's ledger, which enters epsilon "
+        "round by round, would no longer say what a round gives away, and what was held back of a patient's share "
+        "could leave after the patient had left",
+    ),
+    Conflict(
+        ("rule", _ROBUST),
+        ("stragglers", ("carry",)),
+        "the rule bears a number of malicious sites by counting each site once; with a late update a site would have a "
+        "second vote in a round, for the change of another model",
+    ),
+    Conflict(
+        ("compression", ("int8", "top_k")),
+        ("stragglers", ("carry",)),
+        "with error feedback a site adds what did not count to its next update: a late update that counts after all "
+        "would count twice",
+    ),
+    Conflict(
+        ("secure_aggregation", ("masked_sum",)),
+        ("stragglers", ("carry",)),
+        "a round's masks cancel among the updates of that round alone",
+    ),
+    Conflict(
+        ("optimizer", ("scaffold",)),
+        ("privacy", ("patient_dp",)),
+        "control variates are mean gradients of a site's patients: they would leave without noise, or would have to be "
+        "paid for by epsilon a second time",
+    ),
+    Conflict(
+        ("weighting", ("examples",)),
+        ("optimizer", ("scaffold",)),
+        "c is the mean of all sites' c_i: weighted by patients, who may come and go between rounds, their changes "
+        "would not add up to it; leave weighting out, and sites count alike",
+    ),
+    Conflict(
+        ("personalisation", ("local_norms", "shared_encoder", "ditto")),
+        ("stragglers", ("carry",)),
+        "a late update counts for the common weights in a round that does not name it, so what belongs to it at its "
+        "site would be thrown away",
+    ),
+    Conflict(
+        ("rule", ("norm_clip", *_ROBUST)),
+        ("optimizer", ("scaffold",)),
+        "control variates are averaged as they are: a malicious site would move every site's gradients through them, "
+        "whatever the rule makes of the changes of the weights",
+    ),
+    Conflict(
+        ("compression", ("int8", "top_k")),
+        ("optimizer", ("scaffold",)),
+        "with error feedback a control variate's change could be larger than two clipped gradients, and that bound is "
+        "how a false one is told",
+    ),
+    Conflict(
+        ("optimizer", ("scaffold",)),
+        ("stragglers", ("carry",)),
+        "a late update's control variate was made against another c; counted with less weight, the c_i of the sites "
+        "would no longer add up to c",
     ),
 )
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from client.contract import TrainTask
+from client.contract import MOST_SITES, PrivacyTask, TrainTask
+from client.encoding import Compression, largest_size
+from client.personalisation import Personalisation, sent_shapes
 from medsegdiff.config import PRESETS, DiffusionConfig, ModelConfig, SamplingConfig, TrainingConfig, preset
 from medsegdiff.data.dataset import DatasetConfig
 from medsegdiff.errors import UserError
 from medsegdiff.labels import LabelScheme
 from medsegdiff.strict import Strict, compact_json, plain
 from server.compatibility import Features, refuse_unsound
+from server.rounds import sample_size
 
 ANSWERS_BYTES = 4 * 2**30  # of answers that may wait in the SuperLink's memory, where a plan says nothing else
 _ANY_DATASET = DatasetConfig("any", "any", ("image",), {"background": 0, "target": 1})
@@ -33,6 +35,17 @@ def _check_wave(wave: int | None) -> None:
         raise ValueError(f"wave must be at least 1, or null, found {wave}")
 
 
+def _check_sample(sample: int | float | None, over_select: int) -> None:
+    if isinstance(sample, float) and not 0 < sample <= 1:
+        raise ValueError(f"sample must be a whole number of sites, or a part of them in (0, 1], found {sample}")
+    if sample is not None and sample < (0 if isinstance(sample, float) else 1):
+        raise ValueError(f"sample must be at least 1 site, or null for all, found {sample}")
+    if over_select < 0:
+        raise ValueError(f"over_select must be at least 0, found {over_select}")
+    if over_select and sample is None:
+        raise ValueError(f"over_select is {over_select} without sample: all sites are asked already. Set sample")
+
+
 @dataclass(frozen=True)
 class StrategyConfig(Strict):
     """How updates become the next model: a rule makes one change of them, an optimizer takes the step.
@@ -40,7 +53,7 @@ class StrategyConfig(Strict):
     Which combinations are sound: server/compatibility.py.
     """
 
-    name: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
+    name: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "scaffold"] = "fedavg"
     proximal_mu: float = 0.0  # FedProx only: pull of local weights towards the received ones
     weighting: Literal["examples", "equal"] | None = None  # null: by patients for mean and norm_clip, else alike
     server_learning_rate: float = 1.0  # eta: of the aggregated change
@@ -129,6 +142,21 @@ class SelectionConfig(Strict):
             raise ValueError("patience needs `by: mean` or `by: worst`: what is to become better")
 
 
+@dataclass(frozen=True)
+class StragglerConfig(Strict):
+    """What becomes of an update that comes when its round is over (server/stragglers.py)."""
+
+    policy: Literal["drop", "carry"] = "drop"  # carry: it counts in the round that is open then
+    exponent: float = 0.5  # a: an update that is s rounds late counts (1 + s)^-a of its weight; 0: all of it
+    max_staleness: int = 2  # rounds; a later one is dropped, and its site is asked anew
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.exponent <= 10:
+            raise ValueError(f"exponent must lie in 0..10, found {self.exponent}")
+        if not 1 <= self.max_staleness <= 100:
+            raise ValueError(f"max_staleness must lie in 1..100 rounds, found {self.max_staleness}")
+
+
 def _differing(config: Any) -> dict[str, Any]:
     """Fields that do not have their default value, as plain data."""
     told = plain(config)
@@ -182,15 +210,24 @@ class RunRequest(Strict):
     deadline_seconds: float = 3600.0  # a round waits no longer for its sites
     absence_seconds: float = 120.0  # with the quorum met, how long a round waits for sites that are offline
     wave: int | None = None  # sites that train at the same time; default: whose answers take 4 GiB in all
+    sample: int | float | None = None  # sites that a round asks: so many, or 0.1: a tenth of them; default: all
+    over_select: int = 0  # sites that are asked beside the sample; the first `sample` usable answers make the round
+    stragglers: StragglerConfig = StragglerConfig()
     screening: ScreeningConfig = ScreeningConfig()
     selection: SelectionConfig = SelectionConfig()
+    privacy: PrivacyTask | None = None  # patient-level differential privacy at the sites that have set it up
+    initial: str | None = None  # a model.safetensors to start from, beside this file; null: fresh weights from the seed
+    compression: Compression = Compression()  # of the updates that sites send
+    personalisation: Personalisation = Personalisation()  # which weights, or which second model, stay at a site
 
     def __post_init__(self) -> None:
         _check_wave(self.wave)
+        _check_sample(self.sample, self.over_select)
         _check_pace(self.evaluate_every, self.deadline_seconds, min(self.absence_seconds, self.deadline_seconds))
         if self.quorum is not None and self.quorum < 1:
             raise ValueError(f"quorum must be at least 1, found {self.quorum}")
-        self.task(_ANY_DATASET, seed=0)  # the contract's own limits, before any patient is read
+        task = self.task(_ANY_DATASET, seed=0)  # the contract's own limits, before any patient is read
+        refuse_unsound(Features.of(self.strategy, task, self.stragglers.policy))
 
     def task(self, dataset: DatasetConfig, seed: int) -> TrainTask:
         """What the sites are asked."""
@@ -204,7 +241,11 @@ class RunRequest(Strict):
             training=self.training,
             sampling=self.sampling,
             proximal_mu=self.strategy.proximal_mu,
+            control_variates=self.strategy.name == "scaffold",
             threads=self.threads,
+            privacy=self.privacy,
+            compression=self.compression,
+            personalisation=self.personalisation,
         )
 
 
@@ -222,8 +263,13 @@ class RunPlan(Strict):
     deadline_seconds: float = 3600.0
     absence_seconds: float = 120.0
     wave: int | None = None
+    sample: int | float | None = None
+    over_select: int = 0
+    stragglers: StragglerConfig = StragglerConfig()
     screening: ScreeningConfig = ScreeningConfig()
     selection: SelectionConfig = SelectionConfig()
+    initial: str | None = None  # hex SHA-256 of the weights that round one starts from; null: fresh from the seed
+    canary: bool = False  # one step at every site, and nothing is made of it (server/canary.py)
     engine: str = field(default="inline")  # inline, ray (simulations) or network (a real federation)
 
     def __post_init__(self) -> None:
@@ -233,55 +279,137 @@ class RunPlan(Strict):
             raise ValueError(f"quorum must lie in 1..{len(self.roster)} (the number of sites), found {self.quorum}")
         _check_pace(self.evaluate_every, self.deadline_seconds, self.absence_seconds)
         _check_wave(self.wave)
+        self._check_sampled()
+        if self.task.keeps_state and len(self.roster) > MOST_SITES:
+            raise ValueError(
+                f"sites keep state from round to round (compression {self.task.compression.kind}, personalisation "
+                f"{self.task.personalisation.kind}), and each question names every site: at most {MOST_SITES:,} "
+                f"sites, the run has {len(self.roster):,}. Use bf16 or fine_tune"
+            )
         if len(self.roster) < self.strategy.least_updates():
             raise ValueError(
                 f"strategy.rule {self.strategy.rule} with byzantine {self.strategy.byzantine} needs at least "
                 f"{self.strategy.least_updates()} sites, the run has {len(self.roster)}"
             )
+        refuse_unsound(Features.of(self.strategy, self.task, self.stragglers.policy))
+        if self.task.control_variates != (self.strategy.name == "scaffold"):
+            raise ValueError(
+                f"task.control_variates is {self.task.control_variates} with strategy {self.strategy.name}: scaffold "
+                "has them, the others do not"
+            )
+
+    def _check_sampled(self) -> None:
+        """A sample that could never meet the quorum, or bear the rule's malicious sites, is refused before training."""
+        _check_sample(self.sample, self.over_select)
+        if self.sample is None:
+            return
+        asked, least = self.sample_size, self.strategy.least_updates()
+        if asked + self.over_select > len(self.roster):
+            raise ValueError(
+                f"sample {self.sample} and over_select {self.over_select} ask {asked + self.over_select} sites, the "
+                f"run has {len(self.roster)}. Ask fewer, or leave both out to ask all"
+            )
+        if self.quorum is not None and self.quorum > asked:
+            raise ValueError(
+                f"quorum is {self.quorum}, and a round ends with {asked} updates (sample {self.sample}): it would "
+                "never be met. Raise sample, or lower quorum"
+            )
+        if asked < least:
+            raise ValueError(
+                f"strategy.rule {self.strategy.rule} with byzantine {self.strategy.byzantine} needs at least {least} "
+                f"updates a round, sample {self.sample} gives {asked}: all malicious sites may be drawn together"
+            )
+
+    @property
+    def sample_size(self) -> int:
+        """Updates that a round is to be made of: the sample, or one of every site."""
+        return sample_size(self.sample, len(self.roster))
 
     @property
     def run_id(self) -> str:
         """Our own identity of the run: its name and a hash of all that defines the model and what sites are asked.
 
-        The engine does not, nor how long a round waits, for how many, how many at once: that may change while a run
-        goes on.
+        The engine does not, nor how long a round waits, for how many, how many at once or to spare: that may change
+        while a run goes on.
         """
         defining = plain(replace(self, engine="any", **_PATIENCE))
-        del defining["wave"]
+        del defining["wave"], defining["over_select"]
+        if self.sample is None:
+            del defining["sample"]
+        for name in ("initial", "canary"):
+            if not getattr(self, name):
+                del defining[name]
         # What has its default is left out: a run that began before a setting existed keeps its identity.
         defining["strategy"] = self.strategy.stated()
-        for name in ("screening", "selection"):
+        for name in ("screening", "selection", "stragglers"):
             defining[name] = _differing(getattr(self, name))
             if not defining[name]:
                 del defining[name]
+        for name in ("compression", "personalisation"):
+            if not _differing(getattr(self.task, name)):
+                del defining["task"][name]
+        if self.task.privacy is None:
+            del defining["task"]["privacy"]
+        if not self.task.control_variates:
+            del defining["task"]["control_variates"]
         return f"{self.name}-{hashlib.sha256(compact_json(defining).encode()).hexdigest()[:12]}"
 
     @property
     def sites_at_once(self) -> int:
         """Most sites that are asked for an update at the same time (`wave`).
 
-        An answer is as large as the model, float32, and lies in the SuperLink's memory until the ServerApp fetches it.
+        An answer is as large as the model, float32, or what its compression makes of that at most, and lies in the
+        SuperLink's memory until the ServerApp fetches it.
         """
         if self.wave is not None:
             return self.wave
-        from medsegdiff.weights import weight_shapes  # brings torch
+        return max(1, ANSWERS_BYTES // largest_size(self.task.compression, sent_shapes(self.task)))
 
-        size = 4 * sum(math.prod(shape) for shape in weight_shapes(self.task.model).values())
-        return max(1, ANSWERS_BYTES // size)
+    def stated(self) -> dict[str, Any]:
+        """How updates are made and become a model, as a report tells it: what differs from the defaults."""
+        compression = _differing(self.task.compression)
+        kind = {"compression": compression.pop("kind")} if compression else {}
+        late = {f"stragglers_{key}": value for key, value in _differing(self.stragglers).items()}
+        drawn = {"sample": self.sample, "over_select": self.over_select} if self.sample is not None else {}
+        own = {f"personalisation_{key}": value for key, value in _differing(self.task.personalisation).items()}
+        if own:
+            own = {"personalisation": own.pop("personalisation_kind"), **own}
+        return (
+            self.strategy.stated()
+            | own
+            | kind
+            | drawn
+            | late
+            | {f"compression_{key}": value for key, value in compression.items()}
+        )
 
     @property
     def required(self) -> int:
         """Updates without which a round does not count."""
-        return max(self.quorum if self.quorum is not None else len(self.roster), self.strategy.least_updates())
+        return max(self.quorum if self.quorum is not None else self.sample_size, self.strategy.least_updates())
 
 
 _PATIENCE: dict[str, Any] = {"quorum": None, "deadline_seconds": 3600.0, "absence_seconds": 120.0}
 
 
 def make_plan(
-    request: RunRequest, name: str, seed: int, dataset: DatasetConfig, roster: dict[str, int], engine: str, source: str
+    request: RunRequest,
+    name: str,
+    seed: int,
+    dataset: DatasetConfig,
+    roster: dict[str, int],
+    engine: str,
+    source: str,
+    initial: str | None = None,
 ) -> RunPlan:
-    """Resolve a request for a dataset and the sites that take part. Raises UserError naming `source`."""
+    """Resolve a request for a dataset and the sites that take part.
+
+    Args:
+        initial: hash of the model that the run starts from, where it names one (server/initial.py).
+
+    Raises:
+        UserError: names `source`.
+    """
     try:
         return RunPlan(
             name=name,
@@ -294,8 +422,12 @@ def make_plan(
             deadline_seconds=request.deadline_seconds,
             absence_seconds=min(request.absence_seconds, request.deadline_seconds),
             wave=request.wave,
+            sample=request.sample,
+            over_select=request.over_select,
+            stragglers=request.stragglers,
             screening=request.screening,
             selection=request.selection,
+            initial=initial,
             engine=engine,
         )
     except ValueError as error:

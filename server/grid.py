@@ -41,7 +41,8 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_objects
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from client.contract import ContractError
+from client.contract import RAW, ContractError
+from client.encoding import Pieces
 
 WORKERS = 2  # that push pieces at the same time
 MOST_PARTS = 64  # of an answer beside the pieces of its arrays
@@ -190,7 +191,7 @@ class _Contents:
     left: dict[str, bytes]
     room: int  # bytes that arrays may still take
     joined: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, memoryview] = field(default_factory=dict)  # of arrays
+    data: dict[str, memoryview | Pieces] = field(default_factory=dict)  # of arrays
 
 
 def join(object_id: str, contents: dict[str, bytes], largest: int) -> Message:
@@ -231,8 +232,11 @@ def _join(object_id: str, contents: _Contents, depth: int) -> Any:
     return found
 
 
-def _array(content: bytes, children: list[str], contents: _Contents) -> tuple[Array, memoryview]:
-    """An array without its data, and these: pieces moved into one buffer, each freed when it is not needed again."""
+def _array(content: bytes, children: list[str], contents: _Contents) -> tuple[Array, memoryview | Pieces]:
+    """An array without its data, and these: pieces moved into one buffer, each freed when it is not needed again.
+
+    A compressed array's stay in pieces, for its decoder frees them as it goes: beside what they become.
+    """
     said = json.loads(get_object_body(content, Array))
     pieces = [children[number] for number in said["arraychunk_ids"]]
     bodies = {child: _piece(contents.left[child]) for child in children}
@@ -240,6 +244,10 @@ def _array(content: bytes, children: list[str], contents: _Contents) -> tuple[Ar
     if size > contents.room:
         raise ContractError(f"its arrays have more than {contents.room} bytes")
     contents.room -= size
+    if said["stype"] != RAW:
+        for child in children:
+            contents.left.pop(child, None)
+        return Array(said["dtype"], tuple(said["shape"]), said["stype"], b""), Pieces(bodies[piece] for piece in pieces)
     # Not a bytearray: it writes zeros first, and so takes its memory before a piece has given up any.
     uses, data, end = Counter(pieces), np.empty(size, np.uint8).data, 0
     for piece in pieces:

@@ -48,6 +48,14 @@ class Membership:
         """One line in the federation's audit log."""
         self._audit.append(event, **fields)
 
+    def ledger_anchor(self, site: str) -> str:
+        """What a site said last of its privacy ledger; empty where it never did. Reads all of the audit log."""
+        told = ""
+        for line in audit_lines(self._audit.path):
+            if line["event"] in ("site", "update") and line.get("site") == site and line.get("ledger_anchor"):
+                told = str(line["ledger_anchor"])
+        return told
+
     def has(self, event: str, **match: Any) -> bool:
         """Whether the audit log has an entry of this kind with these fields. Reads all of it."""
         return any(

@@ -3,6 +3,7 @@
 With x the model, D the round's aggregated change and eta the server's learning rate:
 
     fedavg, fedprox   x + eta D                                    McMahan et al. 2017, algorithm 1 (eta = 1)
+    scaffold          the same; c + |S| / N x mean change of c_i   Karimireddy et al. 2020, algorithm 1
     fedavgm           m = beta_1 m + D;  x + eta m                 Hsu et al. 2019, section 4.2
     fedadam, fedyogi  Reddi et al. 2021, algorithm 2               no bias correction, v starts at tau**2
 
@@ -22,6 +23,8 @@ from server.checkpoints import AVERAGE
 from server.config import StrategyConfig
 
 MOMENTUM, SECOND = "momentum", "second"
+COMMON = "control"  # scaffold's c
+PLAIN = ("fedavg", "fedprox", "scaffold")  # no memory of the step
 State = dict[str, dict[str, Tensor]]  # part of the memory -> weight's name -> float32 tensor of the weight's shape
 
 
@@ -36,13 +39,29 @@ def server_step(
         state: memory of the round before; empty before the first.
         round_: 1, 2, ...
     """
-    if config.name in ("fedavg", "fedprox") and config.server_learning_rate == 1.0:
+    if config.name in PLAIN and config.server_learning_rate == 1.0:
         moved, memory = apply_update(weights, mean), State()
     else:
         moved, memory = _optimise(config, weights, mean, state)
     if config.ema > 0:
         memory[AVERAGE] = _average(config.ema, state.get(AVERAGE, {}), moved, round_)
     return moved, memory
+
+
+def next_control(
+    weights: Mapping[str, Tensor], change: Mapping[str, Tensor], part: float, state: State
+) -> dict[str, Tensor]:
+    """Scaffold's c after a round: c + part x mean change of the c_i, in float64, rounded once.
+
+    Args:
+        weights: for their shapes.
+        change: mean over the sites that answered, each alike.
+        part: |S| / N, the part of all sites that answered.
+    """
+    before = state.get(COMMON)
+    return {
+        name: ((before[name].double() if before else 0.0) + part * change[name].double()).float() for name in weights
+    }
 
 
 def _optimise(
@@ -53,7 +72,7 @@ def _optimise(
     memory: State = {}
     for name, value in weights.items():
         change = mean[name].double()
-        if config.name in ("fedavg", "fedprox"):
+        if config.name in PLAIN:
             moved[name] = (value.double() + eta * change).float()
             continue
         m = _before(state, MOMENTUM, name, value, 0.0)

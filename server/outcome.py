@@ -32,6 +32,7 @@ from server.rounds import (
     run_state,
     scored_rounds,
     site_seconds,
+    spent_privacy,
     traffic,
     working_seconds,
 )
@@ -55,6 +56,8 @@ def write_federation_report(folder: Path, incidents: Sequence[Mapping[str, Any]]
         UserError: no run.yaml, a damaged journal, or a model.safetensors that is not the journal's.
     """
     plan = read_config(folder / "run.yaml", RunPlan)
+    if plan.canary:
+        raise UserError(f"{folder.name}: is a canary, which has no report.json. See: medsegfed run RUN.yaml --canary")
     events = read_events(folder / "journal.jsonl")
     try:
         report = federation_report(plan, events)
@@ -86,17 +89,20 @@ def federation_report(plan: RunPlan, events: Sequence[Event]) -> dict[str, Any]:
     selected = next((event["round"] for event in reversed(events) if event["event"] == "selected"), None)
     last = selected if selected in numbers else max(numbers, default=None)
     scores = scored[last] if last is not None else {}
+    own = own_scores(scores)
     described = describe_run(plan)
     described["model"]["hash"] = released_hash(events)
     introduced = {event["site"]: event for event in events if event["event"] == "site"}
     train, evaluate = site_seconds(events, _longest)
-    total = max(
-        working_seconds(events), train + evaluate
-    )  # sites that came back work before a pause is told to be over
+    # Sites that came back work before a pause is told to be over.
+    total = max(working_seconds(events), (train or 0.0) + evaluate)
     return {
         **described,
         "progress": {"state": run_state(events), "committed": len(committed), "scored": last},
-        "arms": {"federated": arm_score([scores.get(site, {}).get("dice") for site in plan.roster])},
+        "arms": {
+            "federated": arm_score([scores.get(site, {}).get("dice") for site in plan.roster]),
+            **({"personalised": arm_score([row.get("dice") for row in own.values()])} if own else {}),
+        },
         "sites": {site: _site_row(site, scores.get(site), introduced.get(site), events) for site in plan.roster},
         "history": history(events),
         "cross_site": None,
@@ -119,7 +125,7 @@ def describe_run(plan: RunPlan) -> dict[str, Any]:
         "rounds": task.rounds,
         "local_steps": task.local_steps,
         "engine": plan.engine,
-        "strategy": plan.strategy.stated(),
+        "strategy": plan.stated(),
         "model": {"preset": plan.preset, "parameters": parameters, **plain(task.model)},
         "dataset": {
             "name": task.dataset.name,
@@ -138,13 +144,13 @@ def arm_score(dice: Sequence[float | None]) -> dict[str, float | None]:
     return {"mean": math.fsum(known) / len(known), "worst": min(known)}
 
 
-def seconds_row(total: float, train: float, evaluate: float) -> dict[str, float]:
-    """The report's times; overhead is what neither training nor scoring explains."""
+def seconds_row(total: float, train: float | None, evaluate: float) -> dict[str, float | None]:
+    """The report's times; overhead is what neither training nor scoring explains, None where training is not told."""
     return {
         "total": round(total, 1),
-        "train": round(train, 1),
+        "train": round(train, 1) if train is not None else None,
         "evaluate": round(evaluate, 1),
-        "overhead": round(max(0.0, total - train - evaluate), 1),
+        "overhead": round(max(0.0, total - train - evaluate), 1) if train is not None else None,
     }
 
 
@@ -156,20 +162,40 @@ def _longest(seconds: list[float]) -> float:
 def _site_row(
     site: str, scores: Mapping[str, Any] | None, introduced: Event | None, events: Sequence[Event]
 ) -> dict[str, Any]:
-    told, known = introduced or {}, scores or {}
+    told = introduced or {}
+    private = bool(told.get("private"))
+    known = scores if scores and not (private and scores["dice"] is None) else None  # withheld: told in no way
+    epsilon, delta = spent_privacy(events, site)
+    counted = {"train": told["train_patients"], "test": told["test_patients"]} if introduced and not private else None
+    own = own_scores({site: known}) if known else {}
+    beside = {"personalised": own[site]} if own else {}
     return {
-        "patients": {"train": told["train_patients"], "test": told["test_patients"]} if introduced else None,
-        "dice": {"federated": known.get("dice")} if scores else None,
-        "dice_by_target": {"federated": known.get("dice_by_target", {})} if scores else None,
-        "hd95_mm": {"federated": known.get("hd95_mm")} if scores else None,
-        "hd95_undefined": {"federated": known.get("hd95_undefined", 0)} if scores else None,
-        "epsilon": None,
-        "faults": told.get("faults"),
+        "patients": counted,
+        "dice": {"federated": known["dice"]} | _each(beside, "dice") if known else None,
+        "dice_by_target": {"federated": known["dice_by_target"]} if known else None,
+        "hd95_mm": {"federated": known["hd95_mm"]} | _each(beside, "hd95_mm") if known else None,
+        "hd95_undefined": {"federated": known["hd95_undefined"]} if known else None,
+        "epsilon": epsilon,
+        "privacy_delta": delta,
+        "faults": None if private else told.get("faults"),
         **absences(events, site),
         "refusals": _refusals(site, events),
         "software": told.get("software"),
         "application": told.get("application") or None,
     }
+
+
+def own_scores(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of a round's scores, those of the sites' own second models; empty where they have none."""
+    return {
+        site: {"dice": row["personal_dice"], "hd95_mm": row.get("personal_hd95_mm")}
+        for site, row in scores.items()
+        if row.get("personal_dice") is not None
+    }
+
+
+def _each(arms: Mapping[str, Mapping[str, Any]], what: str) -> dict[str, Any]:
+    return {arm: row[what] for arm, row in arms.items()}
 
 
 def _refusals(site: str, events: Sequence[Event]) -> list[dict[str, Any]]:
@@ -203,6 +229,9 @@ def _notes(
     unknown = [site for site in plan.roster if site not in introduced]
     if unknown and introduced:
         notes.append(f"On the roster, but never there: {', '.join(unknown)}.")
+    notes += privacy_notes(plan, events)
+    notes += personal_notes(plan)
+    notes += sampling_notes(plan, events)
     notes += selection_notes(plan, events)
     unscored = [site for site in plan.roster if site in introduced and site not in scores]
     if scores and unscored:
@@ -218,6 +247,53 @@ def _notes(
     if strangers:
         notes.append(f"Left out, as of no site of this run or a second answer: {plural(strangers, 'message')}.")
     return notes
+
+
+def sampling_notes(plan: RunPlan, events: Sequence[Event]) -> list[str]:
+    """How many sites a round asked, and how often each was, where a run draws a part of them."""
+    rounds = [event for event in committed_rounds(events) if "chosen" in event]
+    if plan.sample is None or not rounds:
+        return []
+    often = [sum(site in event["chosen"] for event in rounds) for site in plan.roster]
+    more = f", and up to {plan.over_select} more to spare" if plan.over_select else ""
+    return [
+        f"Each round asked {plan.sample_size} of {plural(len(plan.roster), 'site')}{more}, drawn by "
+        f"the run's seed: in {plural(len(rounds), 'round')} a site was asked {min(often)} to {max(often)} times. "
+        "Scores are of all sites."
+    ]
+
+
+def privacy_notes(plan: RunPlan, events: Sequence[Event]) -> list[str]:
+    """What is known, and what is withheld, of sites that trained with differential privacy."""
+    spent = {site: epsilon for site in plan.roster if (epsilon := spent_privacy(events, site)[0]) is not None}
+    if not spent:
+        return []
+    each = ", ".join(f"{site} {epsilon:.2f}" for site, epsilon in spent.items())
+    return [
+        f"Trained with patient-level differential privacy: {each} (epsilon that the site's patients have spent in all, "
+        "over all its runs, add or remove one patient). Their losses, times and numbers of patients are withheld, and "
+        "so are their scores unless the site declared its held-out patients public; they count by planned weights."
+    ]
+
+
+def personal_notes(plan: RunPlan) -> list[str]:
+    """What is a site's own, and what that means for the model that is handed out."""
+    task = plan.task
+    if task.personalisation.splits:
+        kept = "normalisation layers" if task.personalisation.kind == "local_norms" else "decoder"
+        return [
+            f"Each site keeps the model's {kept} to itself (personalisation {task.personalisation.kind}): scores are "
+            "of the common weights with each site's own. In model.safetensors these are as the run began with them, "
+            "so for a site that took no part it has to be trained on; each site's whole model lies at the site "
+            "(models/)."
+        ]
+    if task.personalisation.trains_a_second:
+        return [
+            "Personalised: each site's own second model, trained on its patients and kept there (personalisation "
+            f"{task.personalisation.kind}); it is scored on the same held-out patients of that site alone, and says "
+            "nothing about other hospitals."
+        ]
+    return []
 
 
 def selection_notes(plan: RunPlan, events: Sequence[Event]) -> list[str]:

@@ -31,7 +31,12 @@ from PIL import Image
 from server.report_schema import Arm, Example, Report
 from server.report_text import ARM_NAMES, dice_text
 
-ARM_COLOURS: dict[Arm, str] = {"federated": "#0072b2", "local": "#e69f00", "pooled": "#009e73"}
+ARM_COLOURS: dict[Arm, str] = {
+    "federated": "#0072b2",
+    "personalised": "#56b4e9",
+    "local": "#e69f00",
+    "pooled": "#009e73",
+}
 SITE_COLOURS = ("#cc6677", "#332288", "#aa4499", "#999933", "#882255", "#a0714f", "#117733", "#6e6e6e")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 TARGET_COLOURS = ("#ffd400", "#3fd0ff", "#ff7ac0", "#7dff8a", "#ff9a3d", "#d0b3ff")  # bright: they lie on grey images

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from client.contract import Scores, Update
 
 
 def told_update(update: Update, norm: float) -> dict[str, Any]:
-    """An accepted update."""
-    return {"patients": update.patients, "loss": update.loss, "seconds": update.seconds, "norm": norm}
+    """An accepted update. With privacy on, loss and seconds are None."""
+    told = {"patients": update.patients, "loss": update.loss, "seconds": update.seconds, "norm": norm}
+    return told | (
+        {"epsilon": update.epsilon, "privacy_delta": update.privacy_delta} if update.epsilon is not None else {}
+    )
+
+
+def weighted_loss(accepted: Iterable[Mapping[str, Any]]) -> float | None:
+    """Mean loss over the patients of the sites that told theirs; None where none did."""
+    rows = [row for row in accepted if row["loss"] is not None]
+    if not rows:
+        return None
+    patients = sum(row["patients"] for row in rows)
+    return float(math.fsum(row["patients"] * row["loss"] for row in rows) / patients)
 
 
 def told_scores(scores: Scores) -> dict[str, Any]:
@@ -22,6 +35,11 @@ def told_scores(scores: Scores) -> dict[str, Any]:
         "hd95_mm": scores.hd95_mm,
         "hd95_undefined": scores.hd95_undefined,
         "seconds": scores.seconds,
+        **(
+            {"personal_dice": scores.personal_dice, "personal_hd95_mm": scores.personal_hd95_mm}
+            if scores.personal_dice is not None
+            else {}
+        ),
     }
 
 

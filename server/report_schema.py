@@ -18,8 +18,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from medsegdiff.strict import Strict
 from server.rounds import RunState
 
-Arm = Literal["federated", "local", "pooled"]
-ARMS: tuple[Arm, ...] = ("federated", "local", "pooled")
+Arm = Literal["federated", "personalised", "local", "pooled"]
+ARMS: tuple[Arm, ...] = ("federated", "personalised", "local", "pooled")
 
 Dice = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(ge=0)]
@@ -64,22 +64,33 @@ class Refusal(Strict):
 
 
 @dataclass(frozen=True)
+class LateRound(Strict):
+    """A round whose update of a site counted in a later one."""
+
+    round: Count
+    counted: Count
+
+
+@dataclass(frozen=True)
 class SiteScores(Strict):
     """One site: whom it holds, how each arm does on its test patients, and when it was not part of a round."""
 
     patients: Patients | None
     dice: dict[Arm, Dice | None] | None
     hd95_mm: dict[Arm, Positive | None] | None
-    epsilon: Positive | None
+    epsilon: Positive | None  # spent by the site's patients over all its runs; None: no privacy
     absent_rounds: tuple[Count, ...]
     rejected_rounds: tuple[RejectedRound, ...] = ()
     suspended_rounds: tuple[Count, ...] = ()  # in which it was not asked, for rejections before
+    late_rounds: tuple[LateRound, ...] = ()  # whose update came when the round was over, and counted in a later one
+    chosen_rounds: tuple[Count, ...] | None = None  # in which it was drawn; None: every round asked all sites
     dice_by_target: dict[Arm, dict[str, Dice | None] | None] | None = None
     hd95_undefined: dict[Arm, Count | None] | None = None  # test patients with one of the two masks empty
     faults: Count | None = None  # cases skipped because they could not be read
     refusals: tuple[Refusal, ...] = ()
     software: dict[str, str] | None = None  # versions at the site; federations only, as are the two around it
     application: str | None = None  # hash of the program that ran at the site
+    privacy_delta: Positive | None = None  # at which epsilon is stated
 
     def dice_of(self, arm: Arm) -> float | None:
         return (self.dice or {}).get(arm)

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from server.report_schema import Arm, Report
 from server.rounds import RunState
 
-ARM_NAMES: dict[Arm, str] = {"federated": "Federated", "local": "Local only", "pooled": "Pooled"}
+ARM_NAMES: dict[Arm, str] = {
+    "federated": "Federated",
+    "personalised": "Personalised",
+    "local": "Local only",
+    "pooled": "Pooled",
+}
 NONE = "–"  # an en dash: the figure does not apply or was not reported
 FEW_PATIENTS = 10  # below this a single patient moves a site's mean Dice by up to 0.1 or more
 
@@ -133,7 +138,8 @@ def _result(report: Report, when: str) -> str:
         lowest = f", and {dice_text(worst)} at the worst site" if worst is not None else ""
         named = f" ({site})" if site and lowest else ""
         text = f"{after}, the federated model reaches a mean Dice of {dice_text(mean)}{lowest}{named}"
-        return f"{text}{_against_pooled(report)}." + ("" if "pooled" in report.present_arms else _no_comparison())
+        rest = "" if "pooled" in report.present_arms else _no_comparison()
+        return f"{text}{_against_pooled(report)}.{_personalised(report)}{rest}"
     low_gain = difference(worst, report.worst_of("local"))
     text = (
         f"{after}, {_verdict(gain, low_gain)}: mean Dice {dice_text(mean)} against "
@@ -143,7 +149,15 @@ def _result(report: Report, when: str) -> str:
         text += (
             f", worst site {dice_text(worst)} against {dice_text(report.worst_of('local'))} ({signed_text(low_gain)})"
         )
-    return f"{text}{_against_pooled(report)}.{_losses(report)}"
+    return f"{text}{_against_pooled(report)}.{_losses(report)}{_personalised(report)}"
+
+
+def _personalised(report: Report) -> str:
+    mean, worst = report.mean_of("personalised"), report.worst_of("personalised")
+    if mean is None:
+        return ""
+    at_worst = f", {dice_text(worst)} at the worst site" if worst is not None else ""
+    return f" The sites' own second models, trained on from it, reach {dice_text(mean)}{at_worst}."
 
 
 def _no_comparison() -> str:
@@ -216,7 +230,7 @@ def key_figures(report: Report) -> list[KeyFigure]:
 
 def _others(report: Report, which: str) -> str:
     """The same figure of the arms beside the federated one."""
-    others: tuple[Arm, ...] = ("local", "pooled")
+    others: tuple[Arm, ...] = ("personalised", "local", "pooled")
     values = {arm: report.mean_of(arm) if which == "mean" else report.worst_of(arm) for arm in others}
     return ", ".join(
         f"{ARM_NAMES[arm].lower()} {dice_text(value)}" for arm, value in values.items() if value is not None

@@ -40,9 +40,9 @@ class StreamedMean:
         self._sum = FixedPointSum(shapes)
         self._alike = weighting == "equal"
 
-    def add(self, site: str, delta: Mapping[str, Tensor], n: int) -> None:
-        """Fold one update. Raises AggregationOverflow as `FixedPointSum.add`."""
-        self._sum.add(delta, 1 if self._alike else n)
+    def add(self, site: str, delta: Mapping[str, Tensor], n: int, share: float = 1.0) -> None:
+        """Fold one update, or with `share` a part of its weight. Raises AggregationOverflow as `FixedPointSum.add`."""
+        self._sum.add(delta, 1 if self._alike else n, share)
 
     def result(self, centre: Mapping[str, Tensor], known: int = 0) -> dict[str, Tensor]:
         """The mean update, float32."""
@@ -68,12 +68,15 @@ class SpilledRule:
         self.config, self.folder = config, folder
         self.shapes = dict(shapes)
         self.size = sum(math.prod(shape) for shape in shapes.values())
-        self._weights: dict[str, int] = {}  # site -> its weight
+        self._weights: dict[str, float] = {}  # site -> its weight
         self._files: dict[str, Path] = {}
         shutil.rmtree(folder, ignore_errors=True)
 
-    def add(self, site: str, delta: Mapping[str, Tensor], n: int) -> None:
+    def add(self, site: str, delta: Mapping[str, Tensor], n: int, share: float = 1.0) -> None:
         """Write one update down.
+
+        Args:
+            share: in (0, 1]: how much of its weight counts; norm_clip alone takes parts.
 
         Raises:
             AggregationOverflow: a weight below 1, or a second update of the site.
@@ -93,7 +96,7 @@ class SpilledRule:
                 "were due. Free space, then go on."
             ) from error
         self._files[site] = path
-        self._weights[site] = 1 if self.config.weighting == "equal" else n
+        self._weights[site] = share * (1 if self.config.weighting == "equal" else n)
 
     def result(self, centre: Mapping[str, Tensor], known: int = 0) -> dict[str, Tensor]:
         """The rule's value, float32.
@@ -210,7 +213,7 @@ Aggregate = StreamedMean | SpilledRule
 def open_aggregate(config: StrategyConfig, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> Aggregate:
     """What takes a round's updates; `folder` is used by the rules that keep them."""
     if config.rule == "mean":
-        return StreamedMean(shapes, config.weighting or "examples")
+        return StreamedMean(shapes, config.weighting or ("equal" if config.name == "scaffold" else "examples"))
     return SpilledRule(config, shapes, folder)
 
 

@@ -18,6 +18,7 @@ from client.contract import (
     SIGNATURE,
     ContractError,
     Presence,
+    PrivacyTask,
     Scores,
     TrainTask,
     Update,
@@ -26,6 +27,8 @@ from client.contract import (
     check_signature,
     from_wire,
 )
+from client.encoding import Compression
+from client.personalisation import CONTROL
 from medsegdiff.weights import hash_weights
 from server.config import ScreeningConfig
 
@@ -47,7 +50,13 @@ class Expected:
     shapes: Mapping[str, tuple[int, ...]]
     targets: tuple[str, ...]  # what scores may be reported of
     largest_norm: float | None = None  # most that the update's 2-norm may be; None: any
+    largest_control: float | None = (
+        None  # most that the 2-norm of a control variate's change may be; None: there is none
+    )
+    second_model: bool = False  # whether sites score one of their own as well
+    compression: Compression = Compression()  # of the update
     key: str | None = None  # enrolled Ed25519 key (hex) that must have signed; None: a virtual site
+    privacy: PrivacyTask | None = None  # the run's
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Accepted:
 
     update: Update
     delta: dict[str, Tensor]
-    bytes: int
+    bytes: int  # as it came
     norm: float  # 2-norm over all weights
 
 
@@ -78,18 +87,37 @@ def screen_update(message: Message, expected: Expected) -> Accepted | Rejection:
             raise ContractError(f"it claims {update.patients} training patients, {expected.enrolled} are enrolled")
         if update.steps != expected.steps:
             raise ContractError(f"it took {update.steps} steps, {expected.steps} were asked for")
+        _check_privacy(update, expected.privacy)
         record = content["delta"]
         if not isinstance(record, ArrayRecord):
             raise ContractError("the record 'delta' is not a set of arrays")
-        delta = arrays_from_wire(record, expected.shapes)
+        delta = arrays_from_wire(record, expected.shapes, expected.compression)
         if hash_weights(delta) != update.delta_hash:
             raise ContractError("its arrays are not the ones that were signed (their hash differs)")
-        norm = update_norm(delta)
+        weights = {name: value for name, value in delta.items() if not name.startswith(CONTROL)}
+        _check_control(delta, expected.largest_control)
+        norm = update_norm(weights)
         if expected.largest_norm is not None and not norm <= expected.largest_norm:
             raise ContractError(f"its norm is {norm:.3g}, at most {expected.largest_norm:.3g} is taken in this round")
         return Accepted(update, delta, array_bytes(record), norm)
     except Exception as error:  # whatever a site sends must not end the run of the others
         return Rejection(expected.site, short_reason(error))
+
+
+def _check_privacy(update: Update, asked: PrivacyTask | None) -> None:
+    """A site that should be private and is not, or the other way round, does not count: it runs another program."""
+    if update.epsilon is None and asked is not None and asked.required:
+        raise ContractError("it states no epsilon, and the run asks every site for privacy")
+    if update.epsilon is not None and asked is None:
+        raise ContractError("it states an epsilon, and the run trains without privacy")
+
+
+def _check_control(delta: Mapping[str, Tensor], largest: float | None) -> None:
+    """c_i is a mean of clipped gradients before and after, so its change is at most twice the clip, and rounding."""
+    if largest is not None:
+        found = update_norm({name: value for name, value in delta.items() if name.startswith(CONTROL)})
+        if not found <= 1.01 * largest:
+            raise ContractError(f"its control variate changes by {found:.3g}, {largest:.3g} is the most there can be")
 
 
 def update_norm(delta: Mapping[str, Tensor]) -> float:
@@ -127,6 +155,10 @@ def screen_scores(message: Message, expected: Expected) -> Scores | Rejection:
         _check_identity(scores.site, scores.run, scores.round, scores.model_hash, expected)
         if set(scores.dice_by_target) != (set(expected.targets) if scores.patients else set()):
             raise ContractError(f"it scores {sorted(scores.dice_by_target)[:5]}, not {list(expected.targets)}")
+        if not expected.second_model and (scores.personal_dice, scores.personal_hd95_mm) != (None, None):
+            raise ContractError("it scores a second model, and the run has none")
+        if scores.personal_dice is not None and scores.patients == 0:
+            raise ContractError("it scores a second model on no patient")
         if (scores.dice is None) != (scores.patients == 0):
             raise ContractError(f"it reports the Dice {scores.dice} of {scores.patients} patients")
     except Exception as error:  # as above

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from client.contract import Assignment, Scores, Update, arrays_from_wire, arrays_to_wire, to_wire
+from client.contract import Assignment, Scores, Update, arrays_from_wire, arrays_to_wire, packed_record, to_wire
+from client.encoding import Compression, largest_size
+from client.personalisation import CONTROL, common_shapes, sent_shapes
 from medsegdiff.errors import UserError
 from medsegdiff.labels import LabelScheme
 from medsegdiff.progress import Progress, report
@@ -30,11 +32,14 @@ from server.exchange import Exchange, Records
 from server.grid import BoundedGrid
 from server.journal import Journal
 from server.membership import Membership
-from server.optimizers import State, server_step
-from server.records import missing_reasons, told_scores, told_update
+from server.optimizers import COMMON, State, next_control, server_step
+from server.records import missing_reasons, told_scores, told_update, weighted_loss
 from server.robust import CENTRE, SPILL, Aggregate, open_aggregate
+from server.sampling import asked_sites
 from server.screening import Expected, Rejection, largest_norm, screen_scores, screen_update
 from server.selection import ends_with, select
+from server.stragglers import FOLDER as LATE
+from server.stragglers import LateUpdates
 from server.strikes import strikes_record, suspend_sites, suspended_in
 
 log = logging.getLogger("medsegfed.server")
@@ -65,6 +70,8 @@ class FederatedAveraging(Strategy):
         self.membership = membership
         self.stopped = stopped
         self.shapes = weight_shapes(plan.task.model)
+        self.sent = sent_shapes(plan.task)  # of what sites send
+        self.common = common_shapes(plan.task)  # of the weights among it: all, or those that are common to the sites
         # The round that the next one starts from. Its model stays on the disk: it is in memory while it is sent and
         # while the next one is made of it, not beside the sum of the updates.
         self.committed = Committed(plan.run_id, 0, {"model_hash": ""})
@@ -73,6 +80,10 @@ class FederatedAveraging(Strategy):
         self._round = 0  # the round at hand
         self._usable = 0  # updates folded in it
         self._rejected: set[str] = set()  # sites whose updates were left out of it
+        self._chosen: list[str] = []  # who was asked in it
+        self._before: set[str] = set()  # whose updates made it, if it is repeated
+        self.late = LateUpdates(plan.stragglers, store.folder.parent / LATE, journal)
+        self._aggregate_at_hand: Aggregate | None = None
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -96,13 +107,16 @@ class FederatedAveraging(Strategy):
         """
         first = self._restore(initial_arrays)
         del initial_arrays
-        bounded = BoundedGrid.over(grid, 4 * sum(math.prod(shape) for shape in self.shapes.values()))
+        bounded = BoundedGrid.over(grid, largest_size(self.plan.task.compression, self.sent))
         self.exchange = Exchange(bounded, self.plan, self.journal, self.membership, self.stopped)
         self._suspend()
+        if (scored := self.journal.last("scores")) is not None:  # whoever scored a model has it
+            self.exchange.holds = {site: str(scored["model_hash"]) for site in scored["sites"]}
         result = Result()
         for round_ in range(first, num_rounds + 1):
             if round_ > first:
-                self._round, self._usable, self._rejected = round_, 0, set()
+                self._round, self._usable, self._rejected, self._chosen = round_, 0, set(), []
+                self._before = self._sites_before(round_)
                 self.aggregate_train(round_, self._train(round_))
             if (
                 self._due(round_)
@@ -152,13 +166,53 @@ class FederatedAveraging(Strategy):
         assert self.exchange is not None
         kind = MessageType.TRAIN
         records = partial(self._records, kind, round_)
-        return self.exchange.ask(kind, round_, records, self._enough, self.plan.absence_seconds)
+        patience = self.plan.absence_seconds
+        late = self._take_late if self.exchange.carries else None
+        self.exchange.beside_bytes = self._control_bytes
+        return self.exchange.ask(
+            kind, round_, records, self._model_hash, self._enough, patience, self._who, self._is_full, late
+        )
+
+    def _who(self, gone: Collection[str] = ()) -> Collection[str]:
+        """Who is asked for an update in the round at hand: a sample of the members, where the plan asks for one."""
+        assert self.exchange is not None
+        if self.plan.sample is None:
+            return self.plan.roster
+        out = {site for site in self.plan.roster if not self.exchange.is_member(site)}
+        failed = {*gone, *self._rejected} if self.membership is None else None
+        asked = sorted(self._before) or asked_sites(self.plan, self._round, out, failed)
+        if not self._before and not set(asked) <= set(self._chosen):
+            self._chosen = sorted({*self._chosen, *asked})
+            told = {"round": self._round, "sites": self._chosen}
+            if self.journal.last("chosen", **told) is None:
+                self.journal.append("chosen", **told)
+        return asked
+
+    def _drawn(self, silent: list[str]) -> dict[str, Any]:
+        """What a sampled round's record says of its draw; a repeated round says what it said before.
+
+        Where the round closed with all the updates that it is made of, nobody was absent: the others were to spare.
+        """
+        if self.plan.sample is None:
+            return {}
+        if self._before:
+            before = self.journal.last("round", round=self._round) or {}
+            return {key: before[key] for key in ("chosen", "spare", "absent") if key in before}
+        absent, spare = ([], silent) if self._is_full() else (silent, [])
+        return {"chosen": self._chosen, "spare": spare, "absent": absent}
+
+    def _is_full(self) -> bool:
+        """Whether a sampled round has all the updates that it is to be made of."""
+        size = len(self._before) or self.plan.sample_size
+        return self.plan.sample is not None and self._usable >= size
 
     def _evaluate(self, round_: int) -> Iterator[tuple[str, Message]]:
         """Scores of whoever is there: nobody is waited for."""
         assert self.exchange is not None
         kind = MessageType.EVALUATE
-        return self.exchange.ask(kind, round_, partial(self._records, kind, round_), lambda: True, 0.0)
+        records = partial(self._records, kind, round_)
+        self.exchange.beside_bytes = 0
+        return self.exchange.ask(kind, round_, records, self.committed.released_hash, lambda: True, 0.0)
 
     def _enough(self) -> bool:
         return self._usable >= self._required(self._round)
@@ -173,9 +227,9 @@ class FederatedAveraging(Strategy):
             return len(before)
         least = self.plan.strategy.least_updates(self._found_out(round_))
         if self.plan.quorum is not None or self.membership is None or self.exchange is None:
-            return max(least, self.plan.quorum or len(self.plan.roster))
-        counting = (site for site in self.plan.roster if site not in self._rejected)
-        return max(least, sum(self.exchange.is_member(site) for site in counting))
+            return max(least, self.plan.quorum or self.plan.sample_size)
+        counting = sum(self.exchange.is_member(site) for site in self._who() if site not in self._rejected)
+        return max(least, min(self.plan.sample_size, counting))
 
     def _found_out(self, round_: int) -> int:
         """Sites left out for what they sent, now or (in a simulation) before: they are of the rule's f."""
@@ -205,10 +259,13 @@ class FederatedAveraging(Strategy):
         Raises:
             UserError: fewer usable updates than the quorum; the last committed round stays.
         """
-        aggregate = open_aggregate(self.plan.strategy, self.shapes, self.store.folder.parent / SPILL)
+        aggregate = open_aggregate(self.plan.strategy, self.sent, self.store.folder.parent / SPILL)
+        self._aggregate_at_hand = aggregate
         try:
+            self.late.begin(server_round, aggregate)
             return self._aggregate(server_round, replies, aggregate)
         finally:
+            self._aggregate_at_hand = None
             aggregate.close()
 
     def _aggregate(
@@ -216,7 +273,8 @@ class FederatedAveraging(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         accepted: dict[str, dict[str, Any]] = {}
         rejected: dict[str, str] = {}
-        received = 0
+        counted: dict[str, str] = dict(self.committed.record.get("counted", {}))  # site -> hash of its last such update
+        received, sent_before = 0, self._bytes_down
         before = self._sites_before(round_)
         for site, reply in replies:
             if before and site not in before:
@@ -230,31 +288,50 @@ class FederatedAveraging(Strategy):
             self._usable += 1
             update, norm, size = outcome
             said = {"patients": update.patients, "delta": update.delta_hash, "decision": "accepted"}
+            if update.ledger_anchor:
+                said["ledger_anchor"] = update.ledger_anchor
             self._note("update", round_, site, **said)
             accepted[site] = told_update(update, norm)
+            counted[site] = update.delta_hash
             received += size
-        out = suspended_in(self.committed.record)
-        absent = [site for site in self.plan.roster if site not in {*accepted, *rejected, *out}]
+        rejected |= {site: reason for site, reason in self.late.rejected.items() if site not in accepted}
+        working = sorted(self.exchange.working(round_)) if self.exchange is not None else []
+        out = {*suspended_in(self.committed.record), *working}
+        asked = self.plan.roster if self.plan.sample is None else self._chosen
+        absent = [site for site in asked if site not in {*accepted, *rejected, *out}]
+        drawn = self._drawn(absent)
         if len(accepted) < self._required(round_):
             raise self._below_quorum(round_, accepted, rejected, absent)
-        sent = 4 * sum(math.prod(shape) for shape in self.shapes.values()) * (len(accepted) + len(rejected))
-        self._commit(round_, aggregate, accepted, rejected, absent, {"up": received, "down": sent})
-        patients = sum(row["patients"] for row in accepted.values())
-        mean_loss = math.fsum(row["patients"] * row["loss"] for row in accepted.values()) / patients
+        moved = {"up": received + self.late.bytes, "down": self._bytes_down - sent_before}
+        fed_back = {"counted": dict(sorted(counted.items()))} if self.plan.task.keeps_state else {}
+        late = {"late": self.late.rows, "working": working}
+        others = {"bytes": moved, **fed_back, **drawn, **{key: value for key, value in late.items() if value}}
+        self._commit(round_, aggregate, accepted, rejected, absent, others)
+        self.late.forget()
+        mean_loss = weighted_loss(accepted.values())
         report(Progress("round", round_, self.plan.task.rounds, round=round_, loss=mean_loss))
-        return None, MetricRecord({"loss": mean_loss})
+        return None, MetricRecord({"loss": mean_loss} if mean_loss is not None else {})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Any]) -> MetricRecord | None:
         """Collect every site's averages; returns the mean Dice over sites."""
         scores: dict[str, Scores] = {}
+        sent_before = self._bytes_down
         for site, reply in replies:
             outcome = screen_scores(reply, self._expected(site, server_round, self.committed.released_hash))
             if isinstance(outcome, Rejection):
                 self._reject(server_round, outcome)
             else:
                 scores[site] = outcome
+                if self.exchange is not None:
+                    self.exchange.holds[site] = outcome.model_hash
         told = {site: told_scores(scores[site]) for site in self.plan.roster if site in scores}
-        self.journal.append("scores", round=server_round, model_hash=self.committed.released_hash, sites=told)
+        self.journal.append(
+            "scores",
+            round=server_round,
+            model_hash=self.committed.released_hash,
+            sites=told,
+            bytes={"down": self._bytes_down - sent_before},
+        )
         dice = [s.dice for s in scores.values() if s.dice is not None]
         if not dice:
             return None
@@ -271,16 +348,33 @@ class FederatedAveraging(Strategy):
 
     # --- one round ----------------------------------------------------------------------------------------------------
 
-    def _records(self, kind: str, round_: int) -> Records:
-        """What a round's question holds: one set for all sites, so that many sites do not multiply the model."""
+    def _records(self, kind: str, round_: int, with_model: bool = True) -> Records:
+        """What a round's question holds: one set for all sites, so that many sites do not multiply the model.
+
+        Args:
+            with_model: False for sites that have shown to have it.
+        """
         scoring = kind == MessageType.EVALUATE
         identity = self.committed.released_hash if scoring else self._model_hash
-        model = self.store.at(self.committed)
-        weights = model.released if scoring else model.weights
-        return {
-            "assignment": to_wire(Assignment(self.plan.run_id, round_, identity)),
-            "weights": arrays_to_wire(weights),
-        }
+        counted = tuple(sorted(self.committed.record.get("counted", {}).values()))
+        control = "" if scoring else str(self.committed.record.get("control", ""))
+        asked = Assignment(self.plan.run_id, round_, identity, counted, control)
+        records: Records = {"assignment": to_wire(asked)}
+        if control:
+            records["control"] = packed_record(self.store.packed(self.committed, control, COMMON))
+        if with_model:
+            part = AVERAGE if scoring and "released" in self.committed.record else ""
+            records["weights"] = packed_record(self.store.packed(self.committed, identity, part))
+        return records
+
+    @property
+    def _control_bytes(self) -> int:
+        """Of SCAFFOLD's c, which comes with every question to train once it is not zero."""
+        return largest_size(Compression(), self.common) if "control" in self.committed.record else 0
+
+    @property
+    def _bytes_down(self) -> int:
+        return self.exchange.bytes_down if self.exchange is not None else 0
 
     @property
     def _model_hash(self) -> str:
@@ -308,9 +402,14 @@ class FederatedAveraging(Strategy):
     def _key_of(self, site: str) -> str | None:
         return self.exchange.key_of(site) if self.exchange is not None else None
 
-    def _expected(self, site: str, round_: int, model_hash: str) -> Expected:
+    def _expected(self, site: str, round_: int, model_hash: str, before: Mapping[str, Any] | None = None) -> Expected:
+        """What a good reply says.
+
+        Args:
+            before: record of the round before the one that was asked about; default: the last committed one.
+        """
         plan = self.plan
-        weights = sum(math.prod(shape) for shape in self.shapes.values())
+        weights = sum(math.prod(shape) for shape in self.common.values())
         return Expected(
             site=site,
             run=plan.run_id,
@@ -318,10 +417,14 @@ class FederatedAveraging(Strategy):
             model_hash=model_hash,
             steps=plan.task.local_steps,
             enrolled=plan.roster[site],
-            shapes=self.shapes,
+            shapes=self.sent,
             targets=LabelScheme.of(plan.task.dataset).targets,
-            largest_norm=largest_norm(plan.screening, self.committed.record, plan.task, weights),
+            second_model=plan.task.personalisation.trains_a_second,
+            compression=plan.task.compression,
+            largest_control=2 * plan.task.training.gradient_clip if plan.task.control_variates else None,
+            largest_norm=largest_norm(plan.screening, before or self.committed.record, plan.task, weights),
             key=self._key_of(site),
+            privacy=plan.task.privacy,
         )
 
     def _take(
@@ -344,6 +447,19 @@ class FederatedAveraging(Strategy):
             if reply.has_content():
                 reply.content.pop("delta", None)
 
+    def _take_late(self, site: str, round_: int, reply: Message) -> None:
+        """Screen an answer to an earlier round's question by what that round asked, and fold it with less weight."""
+        base = self.journal.last("round", round=round_ - 1)
+        if self._aggregate_at_hand is None or base is None or not self.late.is_wanted(site, round_):
+            return
+        expected = self._expected(site, round_, str(base["model_hash"]), base)
+        outcome = self.late.take(reply, expected, self._aggregate_at_hand)
+        if isinstance(outcome, Rejection):
+            self._reject(round_, outcome)
+            return
+        log.info("round %d counts the update of %s for round %d", self._round, site, round_)
+        self._note("update", round_, site, decision=f"accepted late, in round {self._round}", **outcome)
+
     def _commit(
         self,
         round_: int,
@@ -351,17 +467,19 @@ class FederatedAveraging(Strategy):
         accepted: dict[str, dict[str, Any]],
         rejected: dict[str, str],
         absent: list[str],
-        moved: dict[str, int],
+        others: dict[str, Any],
     ) -> None:
-        weights, state = self._step(aggregate, round_)
+        weights, state = self._step(aggregate, round_, accepted)
         record: dict[str, Any] = {
             "round": round_,
             "model_hash": hash_weights(weights),
             "accepted": dict(sorted(accepted.items())),
             "rejected": dict(sorted(rejected.items())),
             "absent": absent,
-            "bytes": moved,
+            **others,
         }
+        if COMMON in state:
+            record["control"] = hash_weights(state[COMMON])
         if self.plan.strategy.ema > 0:
             record["released"] = hash_weights(state[AVERAGE])
         before = self.journal.last("round", round=round_)
@@ -381,11 +499,20 @@ class FederatedAveraging(Strategy):
             self._note_commit(record)
         self._suspend()
 
-    def _step(self, aggregate: Aggregate, round_: int) -> tuple[dict[str, Tensor], State]:
+    def _step(
+        self, aggregate: Aggregate, round_: int, accepted: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[dict[str, Tensor], State]:
         """The next model and the optimizer's memory; what they were made of is gone with the return."""
         last = self.store.at(self.committed)
         change = aggregate.result(last.state.get(CENTRE, {}), self._found_out(round_))
-        weights, state = server_step(self.plan.strategy, last.weights, change, last.state, round_)
+        common = {name: last.weights[name] for name in self.common}
+        moved, state = server_step(self.plan.strategy, common, change, last.state, round_)
+        if self.plan.task.control_variates:
+            controls = {name: change[f"{CONTROL}{name}"] for name in self.common}
+            state[COMMON] = next_control(common, controls, len(accepted) / len(self.plan.roster), last.state)
+        weights = last.weights | moved  # what stays at the sites stays as it was
+        if AVERAGE in state:
+            state[AVERAGE] = last.weights | state[AVERAGE]
         if self.plan.strategy.rule == "centred_clip":
             state[CENTRE] = change
         return weights, state
@@ -421,7 +548,7 @@ class FederatedAveraging(Strategy):
         )
         self.journal.append("below_quorum", round=round_, accepted=sorted(accepted), rejected=rejected, absent=absent)
         return UserError(
-            f"round {round_}: {len(accepted)} of {len(self.plan.roster)} sites gave a usable update, the quorum is "
-            f"{self._required(round_)}: {'; '.join(reasons)}. Rounds up to {round_ - 1} are kept. Mend the sites and"
-            f" go on with {self._again}, or lower run.quorum."
+            f"round {round_}: {len(accepted)} of {len(self._chosen or self.plan.roster)} sites gave a usable update, "
+            f"the quorum is {self._required(round_)}: {'; '.join(reasons)}. Rounds up to {round_ - 1} are kept. "
+            f"Mend the sites and go on with {self._again}, or lower run.quorum."
         )

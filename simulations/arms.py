@@ -48,11 +48,14 @@ def make_arms(task: TrainTask, sites: Mapping[str, Site], wanted: tuple[str, ...
     return arms
 
 
-def train_arm(arm: Arm, task: TrainTask, folder: Path, device: str = "auto") -> tuple[dict[str, Tensor], float]:
+def train_arm(
+    arm: Arm, task: TrainTask, folder: Path, device: str = "auto", start: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], float]:
     """Train, or go on with, one arm.
 
     Args:
         folder: where its state and, at the end, `NAME.safetensors` lie.
+        start: the weights it begins with; None: fresh ones from the task's seed.
 
     Returns:
         Its weights, and the seconds spent training over all sessions.
@@ -62,7 +65,7 @@ def train_arm(arm: Arm, task: TrainTask, folder: Path, device: str = "auto") -> 
     if finished.exists():
         _, metadata = read_tensors(state_path)
         return load_model(finished).network.state_dict(), float(metadata["seconds"])
-    segmenter = build(task.card, initial_weights(task.model, task.seed))
+    segmenter = build(task.card, start if start is not None else initial_weights(task.model, task.seed))
     segmenter.network.to(choose_device(device))
     trainer = make_trainer(segmenter, task, arm.cases, arm.batches_of, arm.steps)
     done, seconds = 0, 0.0

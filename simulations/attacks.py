@@ -25,8 +25,9 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from torch import Tensor
 
 from client.contract import TrainTask, arrays_from_wire, arrays_to_wire, from_wire
+from client.personalisation import sent_shapes
 from medsegdiff.files import write_atomic
-from medsegdiff.weights import hash_weights, weight_shapes
+from medsegdiff.weights import hash_weights
 
 Attack = Literal["none", "nan", "sign_flip", "scaled", "many", "free_rider", "label_flip"]
 ATTACKS: tuple[Attack, ...] = get_args(Attack)
@@ -56,14 +57,20 @@ class Malicious:
         ):
             return reply
         task = from_wire(message.content, "task", TrainTask)
-        honest = arrays_from_wire(reply.content.array_records["delta"], weight_shapes(task.model))
+        shapes = sent_shapes(task)
+        honest = arrays_from_wire(reply.content.array_records["delta"], shapes, task.compression)
         delta = _spoil(self.attack, honest)
         said = json.loads(str(reply.content.config_records["update"]["json"]))
+        if self.attack == "nan":  # which compression does not write
+            arrays = arrays_to_wire(delta)
+        else:
+            arrays = arrays_to_wire(delta, task.compression)
+            delta = arrays_from_wire(arrays, shapes, task.compression)
         said["delta_hash"] = hash_weights(delta)
         if self.attack == "many":
             said["patients"] = CLAIMED
         update = ConfigRecord({"json": json.dumps(said)})
-        return Message(RecordDict({"update": update, "delta": arrays_to_wire(delta)}), reply_to=message)
+        return Message(RecordDict({"update": update, "delta": arrays}), reply_to=message)
 
 
 def _spoil(attack: Attack, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:

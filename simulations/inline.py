@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -21,10 +20,13 @@ SERVER_NODE = 1
 UNDELIVERABLE = 101  # Error.code when a ClientApp raised instead of answering
 
 
+App = Callable[[Message, Context], Message]  # a ClientApp, or whatever is called like one
+
+
 class InlineGrid(Grid):
     """Grid over virtual nodes 1000, 1001, ... that share this process."""
 
-    def __init__(self, client_app: ClientApp, sites: int) -> None:
+    def __init__(self, client_app: App, sites: int) -> None:
         self._client_app = client_app
         self._contexts = {
             1000 + index: Context(
@@ -86,7 +88,7 @@ class InlineGrid(Grid):
         return copy.deepcopy(reply)
 
 
-def run_inline(server_app: ServerApp, client_app: ClientApp, sites: int, run_folder: Path) -> None:
+def run_inline(server_app: ServerApp, client_app: App, sites: int, run_folder: Path) -> None:
     """Run both applications to the end in this process."""
     context = Context(
         run_id=1, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config={"run-folder": str(run_folder)}

@@ -13,23 +13,34 @@ from torch import Tensor
 
 from client.contract import TrainTask
 from client.evaluation import score_held_out, summarise
+from client.personal import FOLDER
+from client.personalisation import common_shapes
 from client.site import Site
 from medsegdiff.data.geometry import restore, to_slices
 from medsegdiff.data.prepared import PreparedCase
 from medsegdiff.evaluation import segment_prepared
 from medsegdiff.files import write_atomic
 from medsegdiff.metrics import dice, majority
-from medsegdiff.weights import Segmenter, build, hash_weights
+from medsegdiff.weights import Segmenter, build, hash_weights, load_model
 from server.config import RunPlan
 from server.journal import Event, Journal
-from server.outcome import arm_score, describe_run, seconds_row, selection_notes
+from server.outcome import (
+    arm_score,
+    describe_run,
+    own_scores,
+    personal_notes,
+    privacy_notes,
+    sampling_notes,
+    seconds_row,
+    selection_notes,
+)
 from server.report import Example, write_report
-from server.rounds import absences, history, released_round, site_seconds, traffic, working_seconds
+from server.rounds import absences, history, released_round, site_seconds, spent_privacy, traffic, working_seconds
 from server.summary import hardware, software
 from simulations.recipe import Recipe
 
 SiteScores = dict[str, dict[str, Any]]  # site -> what `summarise` returns, and seconds
-ARMS = ("federated", "local", "pooled")
+ARMS = ("federated", "personalised", "local", "pooled")
 EXAMPLE_MEMBERS = 5  # samples behind an example's uncertainty
 
 
@@ -43,17 +54,38 @@ class Outcome:
 
 
 def score_models(
-    sites: Mapping[str, Site], task: TrainTask, models: Mapping[str, Mapping[str, Tensor]], path: Path
+    sites: Mapping[str, Site],
+    task: TrainTask,
+    models: Mapping[str, Mapping[str, Tensor]],
+    path: Path,
+    run: str = "",
 ) -> dict[str, SiteScores]:
-    """Every model on every site's held-out patients; what an earlier session scored is read from `path`."""
+    """Every model on every site's held-out patients; what an earlier session scored is read from `path`.
+
+    Args:
+        run: the run of the federated model, of which a part may be the sites' own.
+    """
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for name, weights in models.items():
         identity = hash_weights(weights)
         if known.get(name, {}).get("model_hash") != identity:
-            results = {site_name: _score(site, task, weights) for site_name, site in sites.items()}
+            of_run = run if name == "federated" else ""
+            results = {
+                site_name: _score(site, task, site_weights(site, task, weights, of_run))
+                for site_name, site in sites.items()
+            }
             known[name] = {"model_hash": identity, "sites": results}
             write_atomic(path, json.dumps(known, indent=1, allow_nan=False).encode())
     return {name: known[name]["sites"] for name in models}
+
+
+def site_weights(site: Site, task: TrainTask, weights: Mapping[str, Tensor], run: str) -> Mapping[str, Tensor]:
+    """A run's model as a site uses it: with its own weights where the run leaves some to the sites."""
+    path = site.path.parent / FOLDER / f"{run}.safetensors"
+    if not task.personalisation.splits or not run or not path.exists():
+        return weights
+    own, common = load_model(path).network.state_dict(), common_shapes(task)
+    return {name: value if name in common else own[name] for name, value in weights.items()}
 
 
 def _score(site: Site, task: TrainTask, weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -82,15 +114,22 @@ def write_outcome(
     events = journal.events
     last = journal.last("scores", round=released_round(events))
     scores = {"federated": last["sites"] if last else {}, **models}
-    segmenter = build(plan.task.card, weights)
-    examples = example_cases(segmenter, sites, plan.task)
+    if own := own_scores(scores["federated"]):
+        scores["personalised"] = own
+    examples = example_cases(sites, plan, weights)
     report = {
         **describe_run(plan),
         "arms": {arm: _over_sites(scores, sites, arm) for arm in ARMS if _present(arm, scores)},
         "sites": {name: _site_row(name, site, plan, scores, events) for name, site in sites.items()},
         "history": history(events),
         "cross_site": _cross_site(scores, sites),
-        "notes": [*_notes(recipe), *selection_notes(plan, events)],
+        "notes": [
+            *_notes(recipe),
+            *privacy_notes(plan, events),
+            *personal_notes(plan),
+            *sampling_notes(plan, events),
+            *selection_notes(plan, events),
+        ],
         "software": software(),
         "hardware": hardware(plan.task.threads),
         "seconds": _seconds(events, models, arm_seconds),
@@ -117,6 +156,7 @@ def _site_row(
     name: str, site: Site, plan: RunPlan, scores: Mapping[str, SiteScores], events: Sequence[Event]
 ) -> dict[str, Any]:
     data = site.data(plan.task)
+    epsilon, delta = spent_privacy(events, name)
     own = {arm: scores[_model_of(arm, name)].get(name, {}) for arm in ARMS if _present(arm, scores)}
     return {
         "patients": {"train": data.train_patients, "test": data.test_patients},
@@ -124,7 +164,8 @@ def _site_row(
         "dice_by_target": {arm: row.get("dice_by_target", {}) for arm, row in own.items()},
         "hd95_mm": {arm: row.get("hd95_mm") for arm, row in own.items()},
         "hd95_undefined": {arm: row.get("hd95_undefined", 0) for arm, row in own.items()},
-        "epsilon": None,
+        "epsilon": epsilon,
+        "privacy_delta": delta,
         "faults": data.faults,
         **absences(events, name),
     }
@@ -158,18 +199,24 @@ def _notes(recipe: Recipe) -> list[str]:
     return notes
 
 
-def _seconds(events: Sequence[Event], models: Mapping[str, SiteScores], arm_seconds: float) -> dict[str, float]:
+def _seconds(events: Sequence[Event], models: Mapping[str, SiteScores], arm_seconds: float) -> dict[str, float | None]:
     train, evaluate = site_seconds(events, sum)  # one machine plays the sites in turn
-    train += arm_seconds
+    train = train + arm_seconds if train is not None else None
     evaluate += sum(row["seconds"] for rows in models.values() for row in rows.values())
     return seconds_row(working_seconds(events, now=time.time()), train, evaluate)
 
 
-def example_cases(segmenter: Segmenter, sites: Mapping[str, Site], task: TrainTask) -> list[Example]:
-    """One held-out case per site: the slice with most foreground of the site's first held-out patient that has any."""
+def example_cases(sites: Mapping[str, Site], plan: RunPlan, weights: Mapping[str, Tensor]) -> list[Example]:
+    """One held-out case per site: the slice with most foreground of the site's first held-out patient that has any.
+
+    Args:
+        weights: of the common model; where a part of it is the sites' own, each is asked with its own.
+    """
+    task = plan.task
     sampling = replace(task.sampling, members=max(EXAMPLE_MEMBERS, task.sampling.members))
     examples = []
     for name, site in sites.items():
+        segmenter = build(task.card, site_weights(site, task, weights, plan.run_id))
         candidates = [case for case in site.data(task).test if case.foreground(segmenter.scheme)]
         if candidates:
             prepared = candidates[0]

@@ -13,6 +13,8 @@ from medsegdiff.strict import Strict, read_config
 from server.config import RunRequest
 from simulations.partition import PartitionConfig
 from simulations.phantoms import PhantomConfig
+from simulations.private_world import Pretraining, WorldPrivacy
+from simulations.shifts import Attendance, SiteShift
 
 SHIPPED = Path(__file__).parent / "datasets"
 
@@ -26,6 +28,9 @@ class WorldConfig(Strict):
     targets: dict[str, tuple[str, ...]] | None = None  # what to segment, in place of the dataset's own targets
     partition: PartitionConfig = PartitionConfig()
     test_fraction: float = 0.2  # of each site's patients, held out
+    privacy: WorldPrivacy | None = None  # patient-level differential privacy at every site
+    shifts: dict[str, SiteShift] | None = None  # site -> how its scanner, readers and files differ
+    attendance: dict[str, Attendance] | None = None  # site -> the rounds it takes part in; the others in all
     note: str | None = None  # printed in the report, e.g. that a split is artificial
 
     def __post_init__(self) -> None:
@@ -44,12 +49,32 @@ class Recipe(Strict):
     run: RunRequest
     arms: tuple[Literal["local", "pooled"], ...] = ("local", "pooled")  # what federation is compared with
     seed: int = 0
+    pretrain: Pretraining | None = None  # train on patients set apart as public, and start from there
+    # Run the recipe once for each of these budgets, null being without privacy, and compare them (epsilon.html).
+    epsilons: tuple[float | None, ...] | None = None
+    repeats: int = 1  # of each, from other seeds
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.name):
             raise ValueError(f"name {self.name!r} must be 1 to 64 letters, digits, '-', '_' or '.': it names a folder")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in 0..2**63 - 1, found {self.seed}")
+        if self.world.attendance and self.run.quorum is None:
+            raise ValueError(
+                "world.attendance needs run.quorum: by default a round takes all sites, and one that is absent ends it"
+            )
+        asked = self.run.privacy
+        if self.world.privacy is not None and asked is None:
+            raise ValueError("world.privacy (what sites grant) needs run.privacy (what the run asks), if only {}")
+        if self.world.privacy is None and asked is not None and asked.required:
+            raise ValueError("run.privacy asks every site for privacy; world.privacy, which would give it, is missing")
+        if self.pretrain is not None and self.run.initial is not None:
+            raise ValueError("pretrain and run.initial both say what the run starts from; choose one")
+        if not 1 <= self.repeats <= 1000 or (self.repeats > 1 and self.epsilons is None):
+            raise ValueError(f"repeats must lie in 1..1000, and be 1 without epsilons, found {self.repeats}")
+        budgets = self.epsilons
+        if budgets is not None and (self.world.privacy is None or not budgets or len(set(budgets)) != len(budgets)):
+            raise ValueError("epsilons needs world.privacy, and at least one budget, none of them twice")
 
 
 def read_recipe(path: Path) -> Recipe:

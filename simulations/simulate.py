@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from client.contract import TrainTask
+from client.privacy.policy import SitePrivacy
 from client.site import Site, open_site
 from medsegdiff.data.dataset import Dataset, open_dataset
 from medsegdiff.data.prepare import prepare
@@ -28,13 +30,16 @@ from medsegdiff.files import write_atomic
 from medsegdiff.progress import listening
 from medsegdiff.strict import dump_yaml, plain, read_config
 from server.config import RunPlan, make_plan
+from server.initial import check_initial, first_weights, keep_initial
 from server.journal import Journal
-from simulations.arms import make_arms, train_arm
+from simulations.arms import Arm, make_arms, train_arm
 from simulations.display import Display, make_console
 from simulations.outcome import Outcome, score_models, write_outcome
 from simulations.partition import partition_patients, patients_of
 from simulations.phantoms import write_phantoms
+from simulations.private_world import PUBLIC
 from simulations.recipe import Recipe, open_source, read_recipe, with_targets
+from simulations.shifts import Unreliable, attendance_by_number
 from simulations.world import write_world
 
 Engine = Literal["inline", "ray"]
@@ -63,13 +68,29 @@ def simulate(recipe_path: Path, data: Path | None, out: Path | None, engine: Eng
         UserError: before any training for every fault of the recipe, the data or the folder.
     """
     recipe = read_recipe(recipe_path)
-    folder = out or Path("runs") / recipe.name
+    return carry_out(recipe, data, out or Path("runs") / recipe.name, engine, resume, recipe_path)
+
+
+def carry_out(
+    recipe: Recipe,
+    data: Path | None,
+    folder: Path,
+    engine: Engine,
+    resume: bool,
+    recipe_path: Path,
+    public: Path | None = None,
+) -> Outcome:
+    """As `simulate`, for a recipe that was read from `recipe_path` already.
+
+    Args:
+        public: the model that pre-training would give, where that is known.
+    """
     _check_folder(folder, recipe, resume)
     console = make_console()
     journal = Journal(folder / "journal.jsonl")
     _start_session(folder, recipe, journal)
     try:
-        simulation = prepare_simulation(recipe, data, folder, engine, str(recipe_path), console)
+        simulation = prepare_simulation(recipe, data, folder, engine, str(recipe_path), console, public)
     except UserError:
         if not resume:  # the folder was empty: what lies in it is ours, and the mended command must find it empty again
             shutil.rmtree(folder, ignore_errors=True)
@@ -79,13 +100,23 @@ def simulate(recipe_path: Path, data: Path | None, out: Path | None, engine: Eng
         _federate(simulation, engine)
         weights, seconds = _train_arms(simulation, display)
         display.arm = "scoring"
-        federated = weights.pop("federated")
-        scores = score_models(simulation.sites, simulation.plan.task, weights, folder / "arms" / "scores.json")
+        federated = weights["federated"]
+        if not _withheld(simulation):
+            del weights["federated"]  # its scores are the last round's
+        scores = score_models(
+            simulation.sites, simulation.plan.task, weights, folder / "arms" / "scores.json", simulation.plan.run_id
+        )
     return write_outcome(folder, recipe, simulation.plan, simulation.sites, scores, federated, seconds)
 
 
 def prepare_simulation(
-    recipe: Recipe, data: Path | None, folder: Path, engine: Engine, source: str, console: Console
+    recipe: Recipe,
+    data: Path | None,
+    folder: Path,
+    engine: Engine,
+    source: str,
+    console: Console,
+    public: Path | None = None,
 ) -> Simulation:
     """Build the world, or take the one that an earlier session left, and resolve the plan."""
     world = folder / "world"
@@ -95,16 +126,49 @@ def prepare_simulation(
     os.environ.pop("MEDSEGFED_SITE", None)  # a real site's variable would make every virtual site that one
     os.environ["MEDSEGFED_WORLD"] = str(world.resolve())
     plan_path = folder / "run.yaml"
-    sites = {path.parent.name: open_site(path.resolve()) for path in sorted(world.glob("*/site.yaml"))}
+    sites = open_sites(folder)
     if plan_path.exists():
         return Simulation(recipe, replace(read_config(plan_path, RunPlan), engine=engine), sites, folder)
     dataset = open_dataset(next(iter(sites.values())).path.parent / "data").config
     task = recipe.run.task(dataset, recipe.seed)
     with listening(_plain_progress(console)):
-        roster = {name: site.data(task).train_patients for name, site in sites.items()}
-    plan = make_plan(recipe.run, recipe.name, recipe.seed, dataset, roster, engine, source)
+        roster = {name: _weight(site, task) for name, site in sites.items()}
+    initial = _initial(recipe, task, folder, Path(source), console, public)
+    plan = make_plan(recipe.run, recipe.name, recipe.seed, dataset, roster, engine, source, initial)
     write_atomic(plan_path, dump_yaml(plan).encode())
     return Simulation(recipe, plan, sites, folder)
+
+
+def open_sites(folder: Path) -> dict[str, Site]:
+    """The virtual sites of a run folder, by name."""
+    return {path.parent.name: open_site(path.resolve()) for path in sorted((folder / "world").glob("*/site.yaml"))}
+
+
+def _weight(site: Site, task: TrainTask) -> int:
+    """What a site may count for: its training patients, or the number that it declares in their place."""
+    return site.config.privacy.weight if site.config.privacy is not None else site.data(task).train_patients
+
+
+def _initial(
+    recipe: Recipe, task: TrainTask, folder: Path, source: Path, console: Console, public: Path | None
+) -> str | None:
+    """Leave the model that the run starts from in its folder; returns its hash, None for fresh weights."""
+    if recipe.run.initial is not None:
+        path = source.parent / recipe.run.initial
+    elif public is not None and recipe.pretrain is not None:
+        path = public
+    elif recipe.pretrain is not None:
+        data = open_site((folder / PUBLIC / PUBLIC / "site.yaml").resolve()).data(task)
+        arm = Arm(PUBLIC, data.train, PUBLIC, recipe.pretrain.steps, max(1, recipe.pretrain.steps // 10))
+        console.print(f"{PUBLIC}: {arm.steps} steps on {data.train_patients} patients set apart as public")
+        with listening(_plain_progress(console)):
+            train_arm(arm, replace(task, privacy=None), folder / "arms")
+        path = folder / "arms" / f"{PUBLIC}.safetensors"
+    else:
+        return None
+    identity = check_initial(path, task)
+    keep_initial(path, folder)
+    return identity
 
 
 def write_sites(recipe: Recipe, data: Path | None, out: Path, console: Console) -> tuple[Path, ...]:
@@ -136,6 +200,8 @@ def build_world(
             console.print(f"{len(prepared.faults)} of {len(dataset.cases)} cases are left out")
         usable = Dataset(dataset.root, dataset.config, tuple(p.case for p in prepared.cases))
         _check_sites_left(dataset, usable, recipe)
+        if recipe.pretrain is not None:
+            usable = _set_apart(usable, recipe, folder / PUBLIC)
         patients = patients_of(usable, recipe.world.partition)
     assignment = partition_patients(patients, recipe.world.partition, recipe.seed)
     splits = _split_sites(usable, assignment, recipe)
@@ -144,7 +210,39 @@ def build_world(
             f"none of the {len(splits)} patients would be held out, so nothing could be scored: every site has "
             "a single patient. Raise the patients of a site, or lower the number of sites."
         )
-    return write_world(usable, assignment, splits, world, copy)
+    privacy = _privacy(recipe, assignment, splits)
+    return write_world(usable, assignment, splits, world, copy, privacy, recipe.world.shifts, recipe.seed)
+
+
+def _privacy(recipe: Recipe, assignment: dict[str, list[str]], splits: dict[str, str]) -> dict[str, SitePrivacy] | None:
+    """The privacy section of each site, if the recipe has one."""
+    asked, run = recipe.world.privacy, recipe.run
+    if asked is None:
+        return None
+    noise = replace(asked, sigma=asked.sigma or asked.noise(run.rounds, run.local_steps))
+    return {
+        site: noise.at_site(sum(splits[patient] == "train" for patient in patients), run.rounds, run.local_steps)
+        for site, patients in assignment.items()
+    }
+
+
+def _set_apart(dataset: Dataset, recipe: Recipe, folder: Path) -> Dataset:
+    """Give the public patients a folder of their own, all of them to train on; returns the dataset of the others."""
+    assert recipe.pretrain is not None
+    patients = {case.patient_id: case.site for case in dataset.cases}
+    public = recipe.pretrain.choose(patients, recipe.seed)
+    if len(public) == len(patients):
+        raise UserError(f"pretrain: all {len(patients)} patients would be public. Leave some to the sites.")
+    if not folder.exists():
+        write_world(dataset, {PUBLIC: sorted(public)}, dict.fromkeys(public, "train"), folder, copy=False)
+    left = tuple(case for case in dataset.cases if case.patient_id not in public)
+    return Dataset(dataset.root, dataset.config, left)
+
+
+def _withheld(simulation: Simulation) -> bool:
+    """Whether a site keeps its scores to itself: the simulation, which has its patients, then works them out."""
+    found = [site.config.privacy for site in simulation.sites.values()]
+    return any(privacy is not None and privacy.held_out == "withheld" for privacy in found)
 
 
 def cache_folder() -> Path:
@@ -221,14 +319,17 @@ def _federate(simulation: Simulation, engine: Engine) -> None:
     from server.app import app as server_app
 
     count = len(simulation.sites)
+    attendance = attendance_by_number(simulation.recipe.world.attendance or {}, list(simulation.sites))
     if engine == "ray":
+        if attendance:
+            raise UserError("world.attendance is kept by the inline engine alone; leave --engine out.")
         from simulations.ray_engine import run_ray
 
         run_ray(server_app, client_app, count, simulation.folder, simulation.plan.task.threads)
     else:
         from simulations.inline import run_inline
 
-        run_inline(server_app, client_app, count, simulation.folder)
+        run_inline(server_app, Unreliable(client_app, attendance), count, simulation.folder)
 
 
 def _train_arms(simulation: Simulation, display: Display) -> tuple[dict[str, Any], float]:
@@ -238,9 +339,10 @@ def _train_arms(simulation: Simulation, display: Display) -> tuple[dict[str, Any
     task = simulation.plan.task
     arms = {}
     seconds = 0.0
+    start = first_weights(simulation.plan, simulation.folder)
     for arm in make_arms(task, simulation.sites, simulation.recipe.arms):
         display.arm = arm.name
-        arms[arm.name], spent = train_arm(arm, task, simulation.folder / "arms")
+        arms[arm.name], spent = train_arm(arm, task, simulation.folder / "arms", start=start)
         seconds += spent
     federated = load_model(simulation.folder / "model.safetensors").network.state_dict()
     return {"federated": federated, **arms}, seconds

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from client.privacy.policy import SitePrivacy
 from medsegdiff.data.cases import SPLITS
 from medsegdiff.data.dataset import Case, Dataset
 from medsegdiff.data.folder import SEPARATOR
@@ -27,6 +28,9 @@ from medsegdiff.errors import UserError
 from medsegdiff.files import FOLDER_NAME, write_atomic
 from medsegdiff.progress import Progress, report
 from medsegdiff.strict import dump_yaml
+from simulations.shifts import SiteShift, check_shift, shift_case, shifted_config
+
+SHIFTED = "shifted"  # folder of the files that a shift has written anew, in a site's data
 
 COLUMNS = (
     "case_id", "patient_id", "site", "split", "image_path", "mask_path", "volume_id", "slice_index", "spacing_mm",
@@ -39,6 +43,9 @@ def write_world(
     splits: Mapping[str, str],
     folder: Path,
     copy: bool,
+    privacy: Mapping[str, SitePrivacy] | None = None,
+    shifts: Mapping[str, SiteShift] | None = None,
+    seed: int = 0,
 ) -> tuple[Path, ...]:
     """Write one folder a site, in the order of `assignment`.
 
@@ -49,6 +56,9 @@ def write_world(
         folder: the world; it appears whole at the end, or not at all.
         copy: True copies the image files, so that each site's folder can be moved to another machine; False leaves
             them where they are and names them by relative paths.
+        privacy: site -> the privacy section of its site.yaml; None: no site has one.
+        shifts: site -> how it differs; its images and masks are written anew where that changes them.
+        seed: of what is random in the shifts.
 
     Returns:
         The site.yaml of each site.
@@ -58,6 +68,7 @@ def write_world(
             two sites or without a split; a file name cannot stand in cases.csv; the disk is full.
     """
     _check_names(list(assignment))
+    _check_shifts(shifts or {}, list(assignment), dataset)
     cases = _cases_of_patients(dataset, assignment, splits)
     with whole_folder(folder) as partial:
         for done, (site, patients) in enumerate(assignment.items()):
@@ -65,10 +76,19 @@ def write_world(
             data = partial / site / "data"
             data.mkdir(parents=True)
             place = _copier(dataset.root, data) if copy else _linker(folder.resolve() / site / "data")
-            rows = [_row(case, site, splits, place) for patient in sorted(patients) for case in cases[patient]]
-            write_atomic(data / "cases.csv", _table(rows))
-            write_atomic(data / "dataset.yaml", dump_yaml(dataset.config).encode())
-            write_atomic(partial / site / "site.yaml", _site_yaml(site))
+            shift = (shifts or {}).get(site)
+            own = [case for patient in sorted(patients) for case in cases[patient]]
+            if shift is not None:
+                own = [
+                    shift_case(shift, case, dataset.config, splits[case.patient_id], site, seed, data / SHIFTED)
+                    for case in own
+                ]
+                place = _inside(data, place)
+            write_atomic(data / "cases.csv", _table([_row(case, site, splits, place) for case in own]))
+            config = shifted_config(shift, dataset.config) if shift is not None else dataset.config
+            write_atomic(data / "dataset.yaml", dump_yaml(config).encode())
+            missing = shift.missing_channels if shift is not None else ()
+            write_atomic(partial / site / "site.yaml", _site_yaml(site, privacy[site] if privacy else None, missing))
     report(Progress("world", len(assignment), len(assignment)))
     return tuple(folder / site / "site.yaml" for site in assignment)
 
@@ -143,6 +163,21 @@ def _cases_of_patients(
                 )
             owner[patient] = site
     return cases
+
+
+def _check_shifts(shifts: Mapping[str, SiteShift], sites: Sequence[str], dataset: Dataset) -> None:
+    unknown = [site for site in shifts if site not in sites]
+    if unknown:
+        raise UserError(
+            f"world.shifts: {', '.join(unknown)}: no such site; the sites are {', '.join(sites)}. Nothing was written."
+        )
+    for site, shift in shifts.items():
+        check_shift(shift, dataset.config, site)
+
+
+def _inside(data: Path, place: Callable[[Path], Path]) -> Callable[[Path], Path]:
+    """As `place`, for files that were written into the data folder as well."""
+    return lambda path: path.relative_to(data) if path.is_relative_to(data) else place(path)
 
 
 def _linker(data: Path) -> Callable[[Path], Path]:
@@ -225,6 +260,8 @@ def _table(rows: Sequence[tuple[str, ...]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _site_yaml(site: str) -> bytes:
+def _site_yaml(site: str, privacy: SitePrivacy | None, missing: Sequence[str]) -> bytes:
     # A line a key: `medsegfed join` adds a real site's lines below.
-    return f"{dump_yaml({'name': site}).strip()[1:-1]}\ndata: data\ncache: null\ndevice: auto\n".encode()
+    lines = f"{dump_yaml({'name': site}).strip()[1:-1]}\ndata: data\ncache: null\ndevice: auto\n"
+    lines += dump_yaml({"missing_channels": list(missing)}) if missing else ""
+    return (lines + (dump_yaml({"privacy": privacy}) if privacy is not None else "")).encode()

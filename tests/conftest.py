@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 # Before torch: one thread a process keeps tests quick on small machines.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -74,15 +75,21 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory: pytest.TempPathFactory, tiny_source: Path) -> Path:
-    """Three virtual hospitals with 3, 2 and 1 training patients and one held-out patient each."""
+def untouched_world(tmp_path_factory: pytest.TempPathFactory, tiny_source: Path) -> Path:
+    """Three virtual hospitals with 3, 2 and 1 training patients and one held-out patient each. To copy, not to run."""
     dataset = open_dataset(tiny_source)
-    world = tmp_path_factory.mktemp("worlds") / "world"
+    world = tmp_path_factory.mktemp("worlds") / "untouched"
     assignment = {site: [f"{site}-{number:03d}" for number in range(1, n + 2)] for site, n in SITES.items()}
     splits = {name: "train" for names in assignment.values() for name in names}
     splits |= {names[-1]: "test" for names in assignment.values()}
     write_world(dataset, assignment, splits, world, copy=False)
     return world
+
+
+@pytest.fixture(scope="session")
+def tiny_world(untouched_world: Path) -> Path:
+    """A copy that tests run on and share: what their runs leave at its sites stays for the next test."""
+    return Path(shutil.copytree(untouched_world, untouched_world.with_name("world"), symlinks=True))
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +115,8 @@ def make_run(
 
     def make(name: str = "run", task: dict[str, object] | None = None, **changes: object) -> Path:
         folder = tmp_path / name
-        plan = RunPlan("tiny", "tiny", StrategyConfig(), dict(SITES), replace(tiny_task, **(task or {})))
+        strategy = changes.pop("strategy", StrategyConfig())
+        plan = RunPlan("tiny", "tiny", strategy, dict(SITES), replace(tiny_task, **(task or {})))  # type: ignore[arg-type]
         folder.mkdir()
         (folder / "run.yaml").write_text(dump_yaml(replace(plan, **changes)))
         monkeypatch.setenv("MEDSEGFED_WORLD", str(tiny_world.resolve()))

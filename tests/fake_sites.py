@@ -82,7 +82,7 @@ def run(folder: Path, spoil: dict[str, Spoil] | None = None, names: list[str] | 
     plan = read_config(folder / "run.yaml", RunPlan)
     sites = FakeSites(plan, spoil)
     sites.names = names or sites.names
-    run_inline(server_app, sites, len(sites.names), folder)  # type: ignore[arg-type]  # called like a ClientApp
+    run_inline(server_app, sites, len(sites.names), folder)
     return sites
 
 

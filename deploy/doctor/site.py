@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.keys import SiteKeys
-from client.privacy.ledger import check_noted, ledger_path
+from client.privacy.account import check_noted, ledger_path
 from deploy.doctor.checks import Check, Names, Probe, counted, reason_of, run_probes, without_names
 from deploy.doctor.connection import STEP_SECONDS, Link, proxy_for, split_address
 from deploy.doctor.credentials import check_certificates, check_keys
 from deploy.doctor.dataset import DATA_SECONDS, Expectations, check_dataset
 from deploy.doctor.machine import (
+    COPIES,
     Load,
     check_disk,
     check_environment,
@@ -128,6 +129,7 @@ def _probes(site: Examined) -> list[Probe]:
         Probe("approvals", lambda: [_approvals_check(site)], HEAVY_SECONDS),
         Probe("audit log", lambda: [audit_check(site.folder / AUDIT_LOG)], HEAVY_SECONDS),
         Probe("ledger", lambda: [_ledger_check(site.folder)], HEAVY_SECONDS),
+        Probe("privacy", lambda: [_privacy_check(site)], HEAVY_SECONDS),
         Probe("processes", lambda: [processes_check(site.folder / "state", "medsegfed site start")]),
         Probe("environment", lambda: [check_environment()]),
         Probe("folders", lambda: [check_writable(_state_folders(site))]),
@@ -277,6 +279,35 @@ def _ledger_check(folder: Path) -> Check:
     return Check("ledger", "ok", fact, figures={"reservations": len(account.entries), "head": account.head})
 
 
+def _privacy_check(site: Examined) -> Check:
+    """What the site's privacy budget still buys."""
+    privacy = site.config.privacy
+    if privacy is None:
+        return Check("privacy", "ok", "site.yaml has no privacy section: what is trained here is not protected by it")
+    from client.private_training import open_ledger
+    from client.refusal import Refusal
+
+    policy = privacy.mechanism
+    try:
+        ledger = open_ledger(site.folder, policy, audited=site.config.keys is not None)
+        spent = ledger.spent().epsilon if ledger.account().entries else 0.0
+    except UserError:
+        return Check("privacy", "skipped", "needs 'ledger' first")
+    fact = f"epsilon {spent:.2f} of {policy.epsilon:g} is spent (delta {policy.delta:g}, sigma {policy.sigma:g})"
+    figures = {"spent": spent, "limit": policy.epsilon, "delta": policy.delta}
+    try:
+        after = ledger.forecast("a new run", policy.sigma, policy.q, policy.steps, policy.rounds)
+    except Refusal:
+        return Check(
+            "privacy",
+            "warn",
+            f"{fact}; a run of the planned {policy.rounds:,} rounds x {policy.steps:,} steps no longer fits",
+            "See medsegfed ledger show; take part in shorter runs, or decide on a higher limit in site.yaml.",
+            figures,
+        )
+    return Check("privacy", "ok", f"{fact}; a run as planned would take it to {after:.2f}", figures=figures)
+
+
 def processes_check(state: Path, command: str) -> Check:
     """What the supervisor of this folder says of its processes."""
     found = read_status(state)
@@ -309,7 +340,16 @@ def _state_folders(site: Examined) -> dict[str, Path]:
 
 def _outbox_check(site: Examined) -> Check:
     models = [task.model for task in site.tasks.values()]
-    return check_disk("outbox", site.folder / "outbox", model_bytes(models), bool(models))
+    # Beside updates: the model scored last (received/), the site's own one (models/), and of each kind of state that a
+    # run keeps (client/state.py) that of up to four updates.
+    tasks = site.tasks.values()
+    kept = [
+        any(task.compression.feeds_back for task in tasks),
+        any(task.personalisation.keeps_state for task in tasks),
+        any(task.control_variates for task in tasks),
+    ]
+    copies = COPIES + 1 + any(task.personalisation.kind != "none" for task in tasks) + 4 * sum(kept)
+    return check_disk("outbox", site.folder / "outbox", model_bytes(models), bool(models), copies)
 
 
 def _memory_check(site: Examined) -> Check:

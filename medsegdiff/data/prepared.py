@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -36,6 +37,8 @@ class PreparedCase:
     channels: int  # C
     raters: int  # R
     present: tuple[tuple[int, ...], ...]  # per slice: the label indices that any rater drew there, at network size
+    # Per channel that is shown, the stored one; None: it was not acquired, and is zeros, a normalised image's mean.
+    places: tuple[int | None, ...] | None = field(default=None, kw_only=True)
 
     @property
     def slices(self) -> int:
@@ -55,7 +58,7 @@ class PreparedCase:
     def image(self, index: int) -> Tensor:
         """Slice `index`: (C, S, S) float32."""
         with safe_open(self.path, framework="pt") as file:
-            return self._checked(file.get_slice("image")[index]).float()
+            return self._placed(self._checked(file.get_slice("image")[index]), 0).float()
 
     def labels(self, index: int, rater: int = 0) -> Tensor:
         """Label indices of slice `index`: (S, S) uint8."""
@@ -66,7 +69,7 @@ class PreparedCase:
         """Slice `index` as stored with one rater's labels, (C, S, S) float16 and (S, S) uint8, by opening once."""
         with safe_open(self.path, framework="pt") as file:
             image, labels = file.get_slice("image")[index], file.get_slice("labels")[rater, index]
-        return self._checked(image), self._checked(labels)
+        return self._placed(self._checked(image), 0), self._checked(labels)
 
     def images(self) -> Tensor:
         """All slices: (N, C, S, S) float32."""
@@ -77,9 +80,17 @@ class PreparedCase:
         return self.tensor("native")
 
     def tensor(self, name: str) -> Tensor:
-        """A stored tensor as it is: "image", "labels" or "native"."""
+        """A whole tensor: "image" (as stored, but for `places`), "labels" or "native"."""
         with safe_open(self.path, framework="pt") as file:
-            return self._checked(file.get_tensor(name))
+            found = self._checked(file.get_tensor(name))
+        return self._placed(found, 1) if name == "image" else found
+
+    def _placed(self, image: Tensor, axis: int) -> Tensor:
+        """The channels that are shown, along `axis`."""
+        if self.places is None:
+            return image
+        blank = torch.zeros_like(image.select(axis, 0))
+        return torch.stack([blank if i is None else image.select(axis, i) for i in self.places], dim=axis)
 
     @staticmethod
     def _checked(tensor: Any) -> Tensor:

@@ -92,9 +92,29 @@ def refusal(reply: Message, secret: str, code: str = "fault") -> None:
     assert secret not in reply.error.reason
 
 
-def test_a_fault_keeps_its_file_names_at_home(tmp_path, tiny_world, tiny_task, monkeypatch, caplog) -> None:
+def test_a_model_that_is_named_and_not_here_is_asked_for(world, tiny_task) -> None:
+    """A word of its own for the server; once it was scored here, its hash is enough, and the answer the same."""
+    whole = model(tiny_task, run="run-named")
+    named = {"assignment": whole["assignment"]}
+    for kind in (MessageType.TRAIN, MessageType.EVALUATE):
+        refusal(ask(kind, tiny_task, 0, **named), "weights", "model-missing")
+    ask(MessageType.EVALUATE, tiny_task, 0, **whole)
+    sent, kept = (
+        from_wire(ask(MessageType.TRAIN, tiny_task, 0, **r).content, "update", Update) for r in (whole, named)
+    )
+    assert sent.delta_hash == kept.delta_hash
+    last = to_wire(Assignment("run-named", tiny_task.rounds, from_wire_hash(whole)))
+    ask(MessageType.EVALUATE, tiny_task, 0, assignment=last)  # the run is over
+    refusal(ask(MessageType.TRAIN, tiny_task, 0, **named), "weights", "model-missing")
+
+
+def from_wire_hash(records: dict[str, object]) -> str:
+    return from_wire(RecordDict(records), "assignment", Assignment).model_hash  # type: ignore[arg-type]
+
+
+def test_a_fault_keeps_its_file_names_at_home(tmp_path, untouched_world, tiny_task, monkeypatch, caplog) -> None:
     """The data folder is gone: the server learns that the site refused, the site's own log says which folder."""
-    shutil.copytree(tiny_world, tmp_path / "world")
+    shutil.copytree(untouched_world, tmp_path / "world")
     shutil.rmtree(tmp_path / "world" / "alder" / "data")
     monkeypatch.setenv("MEDSEGFED_WORLD", str(tmp_path / "world"))
     refusal(ask(MessageType.QUERY, tiny_task, invitation=to_wire(Invitation("run-1", "n"))), "alder")
@@ -105,7 +125,6 @@ def test_a_fault_keeps_its_file_names_at_home(tmp_path, tiny_world, tiny_task, m
     "spoil",
     [
         lambda r: {**r, "assignment": to_wire(Assignment("run-1", 1, "0" * 64))},  # not the model that was named
-        lambda r: {"assignment": r["assignment"]},  # no weights at all
         lambda r: {"weights": r["weights"]},
         lambda r: {**r, "weights": arrays_to_wire({"w": torch.zeros(3)})},
     ],
@@ -118,7 +137,7 @@ def test_a_bad_question_is_refused(world, tiny_task, spoil) -> None:
 def test_another_contract_is_refused(world, tiny_task, caplog) -> None:
     """A newer server's task is not answered; the site's log says who has to update."""
     task = to_wire(tiny_task)
-    task["json"] = canonical_json(tiny_task).replace('"contract_version":1', '"contract_version":2')
+    task["json"] = canonical_json(tiny_task).replace('"contract_version":2', '"contract_version":3')
     refusal(ask(MessageType.QUERY, tiny_task, 0, task=task), "version 2", "incompatible")
     assert "Update the older side" in caplog.text
 

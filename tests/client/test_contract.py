@@ -152,18 +152,19 @@ def test_a_task_asks_for_nothing_but_its_fields(tiny_task) -> None:
     """A new field of the task, or of what leaves a site, is a decision: this list has to be changed with it."""
     assert [f.name for f in fields(TrainTask)] == [
         "dataset", "model", "rounds", "local_steps", "seed", "diffusion", "training", "sampling", "proximal_mu",
-        "threads", "contract_version",
+        "control_variates", "threads", "privacy", "compression", "personalisation", "contract_version",
     ]  # fmt: skip
     assert [f.name for f in fields(Update)] == [
-        "site", "run", "round", "base_hash", "patients", "steps", "loss", "seconds", "delta_hash"
+        "site", "run", "round", "base_hash", "patients", "steps", "loss", "seconds", "delta_hash",
+        "epsilon", "privacy_delta", "ledger_anchor",
     ]  # fmt: skip
     assert [f.name for f in fields(Scores)] == [
         "site", "run", "round", "model_hash", "patients", "dice", "dice_by_target", "hd95_mm", "hd95_undefined",
-        "seconds",
+        "seconds", "personal_dice", "personal_hd95_mm",
     ]  # fmt: skip
     assert [f.name for f in fields(Presence)] == [
         "site", "run", "nonce", "train_patients", "test_patients", "faults", "software", "application", "audit_head",
-        "contract_version",
+        "private", "ledger_anchor", "contract_version",
     ]  # fmt: skip
 
 
@@ -287,6 +288,6 @@ def test_a_virtual_site_signs_nothing() -> None:
 def test_another_contract_version_is_told_before_the_keys_it_brings(tiny_task) -> None:
     """A newer side's unknown fields would otherwise be what is complained about."""
     for message in (tiny_task, PRESENCE):
-        text = changed(message, contract_version=2, something_new=1)
-        with pytest.raises(IncompatibleVersion, match="contract version 2 meets 1 here"):
+        text = changed(message, contract_version=3, something_new=1)
+        with pytest.raises(IncompatibleVersion, match="contract version 3 meets 2 here"):
             over_the_wire(message, text)

@@ -9,6 +9,8 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.contract import Presence, Scores, Update, arrays_from_wire, check_signature, from_wire
+from client.encoding import Compression
+from client.feedback import pack
 from client.gate import release_presence, release_scores, release_update
 from medsegdiff.errors import UserError
 from medsegdiff.weights import hash_weights
@@ -65,3 +67,19 @@ def test_a_real_site_signs_all_it_sends() -> None:
     check_signature(release_update(UPDATE, delta(), BASE, key.sign), "update", public)
     check_signature(release_presence(presence, key.sign), "presence", public)
     check_signature(release_scores(scores, key.sign), "scores", public)
+
+
+def test_a_compressed_update_is_read_again_before_it_leaves() -> None:
+    """What travels must decode to what is signed: bytes of another change, or of another compression, stay here."""
+    base = {"w": torch.ones(4, 20), "b": torch.ones(3)}
+    change = {name: torch.linspace(-1, 1, value.numel()).reshape(value.shape) for name, value in base.items()}
+    int8 = Compression("int8")
+    update = Update("alder", "run-1", 1, "a" * 64, 3, 2, 0.5, 1.25, hash_weights(change))
+    good, other = pack(update, change, int8), pack(update, {name: -x for name, x in change.items()}, int8)
+    content = release_update(good.update, good.sent, base, None, int8, good.arrays)
+    read = arrays_from_wire(content.array_records["delta"], {"w": (4, 20), "b": (3,)}, int8)
+    assert hash_weights(read) == from_wire(content, "update", Update).delta_hash != hash_weights(change)
+    with pytest.raises(UserError, match="do not decode to the signed change"):
+        release_update(good.update, good.sent, base, None, int8, other.arrays)
+    with pytest.raises(UserError, match="cannot be read"):
+        release_update(good.update, good.sent, base, None, Compression("bf16"), good.arrays)

@@ -134,7 +134,10 @@ def gateway(context: ssl.SSLContext, shift: float = 0.0, answer: bytes = b"HTTP/
         with context.wrap_socket(connection, server_side=True) as secured:
             received = b""
             while b"\r\n\r\n" not in received:
-                received += secured.recv(4096)
+                block = secured.recv(4096)
+                if not block:
+                    return  # who asked has hung up; a thread that waits on would spin beside all later tests
+                received += block
             date = formatdate(time.time() + shift, usegmt=True).encode()
             head, _, body = answer.partition(b"\r\n\r\n")
             secured.sendall(head + b"\r\nDate: " + date + b"\r\nConnection: close\r\n\r\n" + body)
@@ -429,7 +432,9 @@ class ConnectProxy:
     def __call__(self, connection: socket.socket) -> None:
         head = b""
         while b"\r\n\r\n" not in head:
-            head += connection.recv(1)
+            if not (sign := connection.recv(1)):
+                return
+            head += sign
         self.requests.append(head.decode())
         status = self.status
         if self.credentials is not None and f"Proxy-Authorization: Basic {self.credentials}" not in head.decode():

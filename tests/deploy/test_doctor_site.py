@@ -21,7 +21,8 @@ from client.application import application_hash
 from client.approvals import PendingRun, approve, keep_pending, task_hash
 from client.contract import TrainTask
 from client.keys import SiteKeys, node_key_header
-from client.privacy.ledger import Ceiling, Ledger, ledger_path
+from client.privacy.account import Ceiling, ledger_path
+from client.privacy.ledger import Ledger
 from deploy import guard
 from deploy.admission import admit, revoke
 from deploy.doctor import exit_code, report, run_checks, site
@@ -316,6 +317,7 @@ def test_an_edited_audit_log_fails(hospital: Hospital) -> None:
     assert str(hospital.folder) not in check.detail
 
 
+@pytest.mark.slow
 def test_an_edited_or_rolled_back_ledger_fails(hospital: Hospital) -> None:
     """Nothing spent, something spent, an older copy put back, one figure changed."""
     assert hospital.examine()["ledger"].detail == "no privacy budget is spent"
@@ -446,3 +448,22 @@ def test_the_real_gateway_and_a_revocation(hospital: Hospital, tmp_path: Path) -
     finally:
         process.terminate()
         process.wait(20)
+
+
+@pytest.mark.slow
+def test_the_privacy_budget_is_told_and_warned_of(hospital: Hospital) -> None:
+    """Without a section that is said; with room for a run as planned ok; once that no longer fits, a warning."""
+    assert "no privacy section" in hospital.examine()["privacy"].detail
+    mechanism = (
+        "{epsilon: 3.0, delta: 1.0e-5, sigma: 8.0, q: 0.1, clip: 1.0, batch: 20, steps: 5, rounds: 50, slices: 4, "
+        "draws: 4}"
+    )
+    hospital.edit("{name:", f"{{privacy: {{weight: 200, mechanism: {mechanism}}}, name:")
+    check = hospital.examine()["privacy"]
+    assert check.status == "ok"
+    assert check.detail.startswith("epsilon 0.00 of 3 is spent (delta 1e-05, sigma 8); a run as planned would take it")
+    ledger = Ledger(ledger_path(hospital.folder), Ceiling(3.0, 1e-5), hospital.folder / "audit.jsonl")
+    ledger.commit(ledger.reserve("run-1", 1, 8.0, 0.1, 3000), 3000)
+    check = hospital.examine()["privacy"]
+    assert check.status == "warn"
+    assert "a run of the planned 50 rounds x 5 steps no longer fits" in check.detail

@@ -222,6 +222,7 @@ def test_graphs_that_differ_are_deleted(plain_model, plain_folder, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_refusals(refuse, plain_model, tmp_path, monkeypatch):
     """What a user can get wrong is one line; a folder that holds something stays as it is."""
     taken = tmp_path / "taken"
@@ -240,6 +241,7 @@ def test_refusals(refuse, plain_model, tmp_path, monkeypatch):
     assert not out.exists()
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # a busy machine is no fault
 @given(size=st.integers(2, 17), seed=st.integers(0, 1000), made_for=st.sampled_from([None, 8]))
 def test_matrix_filter(size, seed, made_for):

@@ -91,6 +91,7 @@ def assert_same_files(found: Path, expected: Path, scan: Path) -> None:
     assert volumes[0] == volumes[1]
 
 
+@pytest.mark.slow
 def test_python_api(bundle, model, scan, tmp_path, medsegfed):
     """`monai.bundle.run` gives the command's files, voxel for voxel; another seed gives others."""
     medsegfed("segment", model, scan, "-o", tmp_path / "ours", "--device", "cpu")

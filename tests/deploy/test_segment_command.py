@@ -262,6 +262,7 @@ def make_job(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_after_a_bad_file(segment: Run, tmp_path: Path) -> None:
     """The bad ones are named at the end with their reason, exit code 2; what is no scan is listed; the rest is done."""
     job = make_job(tmp_path / "job")

@@ -68,7 +68,7 @@ def test_a_run_under_way(federation) -> None:
     run = status_of(federation.folder, NOW)["run"]
     assert run == {
         "name": "glioma-1", "state": "running", "phase": "training", "round": 2, "rounds": 10, "round_at_hand": 3,
-        "sites": 3, "quorum": 2, "seconds_per_round": 60.0, "eta_seconds": 455.0,
+        "sites": 3, "quorum": 2, "sample": None, "seconds_per_round": 60.0, "eta_seconds": 455.0,
         "dice": pytest.approx((0.71 + 0.67 + 0.59) / 3), "dice_round": 2, "waits_for": {}, "model_hash": None,
         "started": BEGIN, "last_event": BEGIN + 140,
     }  # fmt: skip

@@ -347,7 +347,9 @@ def test_one_supervisor_a_folder(team: Team, tmp_path: Path) -> None:
 
 
 SERVER = """
-import sys
+import signal, sys
+for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # whatever the tests were started with: a shell's & ignores
+    signal.signal(name, signal.SIG_IGN if name in {ignored!r} else signal.SIG_DFL)
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from deploy import supervisor
@@ -370,8 +372,12 @@ def start_server(tmp_path: Path) -> Iterator[Start]:
     """Start a supervisor as a process of its own, in the test's folder; whatever goes wrong, nobody is left."""
     started = []
 
-    def start(*commands: tuple[str, tuple[str, ...]], grace: float = 5.0) -> subprocess.Popen[str]:
-        code = SERVER.format(root=str(ROOT), folder=str(tmp_path), commands=list(commands), grace=grace)
+    def start(
+        *commands: tuple[str, tuple[str, ...]], grace: float = 5.0, ignored: tuple[int, ...] = ()
+    ) -> subprocess.Popen[str]:
+        code = SERVER.format(
+            root=str(ROOT), folder=str(tmp_path), commands=list(commands), grace=grace, ignored=ignored
+        )
         started.append(
             subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
         )
@@ -439,6 +445,20 @@ def test_signals_end_everything(tmp_path: Path, start_server: Start, number: sig
     assert out.index("stopped {'child': 'b'}") < out.index("stopped {'child': 'a'}")
     assert not any(alive(pid) for pid in [*everyone, *watches])
     assert read_status(tmp_path / "state") is None
+
+
+def test_a_signal_that_was_ignored_stays_so(tmp_path: Path, start_server: Start) -> None:
+    """Under nohup, or behind a shell's &: the terminal's end and its Ctrl-C go past; SIGTERM still ends all."""
+    server = start_server(("a", python(SLEEP)), ignored=(int(signal.SIGHUP), int(signal.SIGINT)))
+    (child,) = family(tmp_path, 1)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        server.send_signal(number)
+    time.sleep(0.5)
+    assert server.poll() is None
+    assert alive(child)
+    server.terminate()
+    assert "ended" in server.communicate(timeout=10)[0]
+    assert not alive(child)
 
 
 def test_a_second_signal_leaves_out_the_grace(tmp_path: Path, start_server: Start) -> None:

@@ -332,6 +332,7 @@ def furthest(curve: Tensor, reference: Tensor) -> float:
     return float(((curve - reference).abs() / reference).max())
 
 
+@pytest.mark.slow
 def test_rounding_keeps_a_loss_curve_within_the_stated_tolerance() -> None:
     """float32 stays within 1 % of the tolerance of float64; bf16 within its own, which the one for fp32 rejects."""
     exact, single = loss_curve(double=True), loss_curve()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from client.contract import arrays_to_wire
 from medsegdiff.errors import UserError
 from medsegdiff.weights import hash_weights
 from server.checkpoints import KEPT, Checkpoint, CheckpointStore
@@ -159,3 +161,47 @@ def test_the_best_round_is_put_aside(store, caplog) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     assert store.best(RUN) is None
     assert "best.safetensors" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["", "m", "v"])
+def test_what_travels_is_read_as_it_travels(store, part) -> None:
+    """Model or memory, packed as `arrays_to_wire` packs their tensors; never under another hash."""
+    store.save(with_memory(5))
+    tensors = with_memory(5).state[part] if part else checkpoint(5).weights
+    told = store.latest(RUN).told
+    assert store.packed(told, hash_weights(tensors), part) == arrays_to_wire(tensors)["packed"].data
+    with pytest.raises(UserError, match="do not have the hash"):
+        store.packed(told, hash_weights(checkpoint(4).weights), part)
+
+
+def test_nothing_that_was_changed_on_the_disk_travels(store) -> None:
+    """A bit in each byte, and a file cut anywhere: an error of the disk, or the very bytes."""
+    told, identity = store.latest(RUN).told, hash_weights(checkpoint(4).weights)
+    whole, due = newest(store).read_bytes(), store.packed(store.latest(RUN).told, hash_weights(checkpoint(4).weights))
+    causes = set()
+    spoiled = [whole[:n] for n in range(len(whole))]
+    spoiled += [whole[:n] + bytes([whole[n] ^ 1 << n % 8]) + whole[n + 1 :] for n in range(len(whole))]
+    for data in spoiled:
+        newest(store).write_bytes(data)
+        try:
+            found = store.packed(told, identity)
+        except UserError as error:
+            causes.add(type(error.__cause__))
+        else:
+            assert found == due
+    assert causes == {OSError}
+
+
+def test_a_model_that_travels_is_in_memory_once(store) -> None:
+    """8 MiB read at the cost of little more; as tensors beside their bytes it would be twice that."""
+    weights = {f"w{n}": torch.randn(2**18) for n in range(8)}
+    store.save(Checkpoint(RUN, 5, weights, {"round": 5}, {"m": {"w": torch.randn(2**20)}}))
+    told, identity = store.latest(RUN).told, hash_weights(weights)
+    tracemalloc.start()
+    try:
+        found = store.packed(told, identity)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 2**23
+    assert peak < 1.7 * 2**23

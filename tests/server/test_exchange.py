@@ -11,23 +11,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.contract import REFUSED, Invitation, Presence, arrays_to_wire, from_wire, to_wire
+from client.contract import RAW, REFUSED, Invitation, Presence, arrays_to_wire, from_wire, to_wire
+from client.encoding import Compression, largest_size
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
-from medsegdiff.weights import initial_weights
+from medsegdiff.weights import initial_weights, weight_shapes
 from server import exchange
 from server.checkpoints import CheckpointStore
 from server.config import RunPlan
 from server.exchange import Exchange, RunStopped
 from server.journal import Journal
+from server.sampling import draw_order
 from server.strategy import FederatedAveraging
 from tests.fake_sites import FakeSites, put
 
 NODES = {11: "alder", 12: "birch", 13: "elm"}
+MODEL = "a" * 64
 Answer = Callable[[Message], RecordDict | Error | None]  # None: no answer, now or ever
 
 
@@ -123,6 +126,18 @@ def only(kind: str, answer: RecordDict | Error | None) -> Answer:
     return lambda message: answer if message.metadata.message_type == kind else greet(message)
 
 
+def records(with_model: bool) -> dict[str, Any]:
+    """What is sent beside the task."""
+    return {"weights": ArrayRecord({"w": Array("uint8", (1,), RAW, b"w")})} if with_model else {}
+
+
+def missing(message: Message) -> RecordDict | Error | None:
+    """A site that has not kept the model that it is told the hash of."""
+    if message.metadata.message_type == MessageType.TRAIN and "weights" not in message.content:
+        return Error(REFUSED, "model-missing: ...")
+    return greet(message)
+
+
 class Members:
     """A membership without files: virtual keys, so that nothing need be signed here."""
 
@@ -156,7 +171,7 @@ class Scene:
         came: list[str] = []
         due = self.talk.plan.required if need is None else need
         wait = self.talk.plan.absence_seconds if absence is None else absence
-        for site, _ in self.talk.ask(MessageType.TRAIN, round_, dict, lambda: len(came) >= due, wait):
+        for site, _ in self.talk.ask(MessageType.TRAIN, round_, records, MODEL, lambda: len(came) >= due, wait):
             came.append(site)
         return came
 
@@ -188,6 +203,32 @@ def test_all_are_asked_once_and_nobody_is_waited_for(scene) -> None:
     assert s.clock.now < 1001
     assert s.ask(2) == ["alder", "birch", "elm"]
     assert s.network.count("elm", "query") == 1
+
+
+def test_who_has_the_model_gets_its_hash(scene) -> None:
+    """Alder has it, birch has another one, elm none: two models travel."""
+    s = scene()
+    s.talk.holds = {"alder": MODEL, "birch": "b" * 64}
+    assert sorted(s.ask()) == ["alder", "birch", "elm"]
+    asked = [m for m in s.network.sent.values() if m.metadata.message_type == MessageType.TRAIN]
+    got = {NODES[message.metadata.dst_node_id]: "weights" in message.content for message in asked}
+    assert got == {"alder": False, "birch": True, "elm": True}
+    assert s.talk.bytes_down == 2 * largest_size(Compression(), weight_shapes(s.talk.plan.task.model))
+
+
+def test_who_has_lost_the_model_is_asked_again_at_once(scene) -> None:
+    """No refusal, no pause, and the model is with it; who then still says so refuses as others do."""
+    s = scene()
+    s.talk.holds = dict.fromkeys(NODES.values(), MODEL)
+    s.network["birch"].answer = missing
+    assert sorted(s.ask()) == ["alder", "birch", "elm"]
+    assert s.network.count("birch", MessageType.TRAIN) == 2
+    assert s.clock.now < 1002.0
+    assert s.told("refused") == []
+    assert "birch" not in s.talk.holds
+    s.network["elm"].answer = only(MessageType.TRAIN, Error(REFUSED, "model-missing: ..."))
+    assert sorted(s.ask(2, need=2)) == ["alder", "birch"]
+    assert [event["code"] for event in s.told("refused")] == ["model-missing"]
 
 
 def test_a_site_that_comes_late_still_takes_part(scene) -> None:
@@ -235,18 +276,35 @@ def test_a_lost_line_is_asked_again_and_counts_once(scene) -> None:
 
 
 def test_a_site_that_restarted_without_a_trace_is_asked_again(scene) -> None:
-    """The first question is never answered; the node is activated anew meanwhile. Both answers come: one counts."""
+    """The process that the first question went to is dead: only the one activated anew, ten seconds later, answers."""
     s = scene()
-    deaf = [True]
-    s.network["elm"].answer = lambda m: None if m.metadata.message_type == "train" and deaf[0] else greet(m)
+    first: set[str] = set()
 
-    def restart() -> None:
-        deaf[0] = False
-        s.network["elm"].activation = "t1"
+    def answer(message: Message) -> RecordDict | Error | None:
+        if message.metadata.message_type == MessageType.TRAIN and s.network["elm"].activation == "t0":
+            first.add(message.metadata.message_id)
+        return None if message.metadata.message_id in first else greet(message)
 
-    s.clock.after(10, restart)
+    s.network["elm"].answer = answer
+    s.clock.after(10, lambda: setattr(s.network["elm"], "activation", "t1"))
     assert s.ask() == ["alder", "birch", "elm"]
-    assert s.network.count("elm") <= 2
+    assert s.network.count("elm") == 2
+    assert s.clock.now < 1015
+
+
+def test_two_answers_to_one_round_count_once(scene) -> None:
+    """A site that was activated anew is asked again, and then both questions are answered, at the same time."""
+    s = scene()
+
+    def answer(message: Message) -> RecordDict | Error | None:
+        slow = message.metadata.message_type == MessageType.TRAIN and s.network.count("elm") < 2
+        return None if slow else greet(message)
+
+    s.network["elm"].answer = answer
+    s.network["birch"].answer = lambda m: greet(m) if s.clock.now > 1030 else only(MessageType.TRAIN, None)(m)
+    s.clock.after(10, lambda: setattr(s.network["elm"], "activation", "t1"))
+    assert s.ask() == ["alder", "elm", "birch"]
+    assert s.network.count("elm") == 2
 
 
 def test_a_refusal_is_told_once_and_asked_again_until_it_is_lifted(scene) -> None:
@@ -417,3 +475,56 @@ def test_scoring_waits_for_nobody(scene) -> None:
     s.clock.now += 5
     assert s.ask(1, need=0, absence=0.0) == ["alder", "elm"]
     assert s.clock.now < 1010
+
+
+def test_a_round_closes_with_the_answers_it_is_made_of(scene) -> None:
+    """Two are asked for and come; elm, which would answer never, is not waited for, nor asked again."""
+    s = scene()
+    s.network["elm"].answer = only(MessageType.TRAIN, None)
+    came: list[str] = []
+    for site, _ in s.talk.ask(
+        MessageType.TRAIN, 1, records, MODEL, lambda: len(came) >= 2, 60.0, full=lambda: len(came) >= 2
+    ):
+        came.append(site)
+    assert came == ["alder", "birch"]
+    assert s.clock.now < 1002.0
+    assert s.network.count("elm") == 1
+
+
+def test_only_who_was_drawn_is_asked_and_who_leaves_is_replaced(scene) -> None:
+    """All introduce themselves; alder alone is asked, falls silent and is revoked: birch is asked in its place."""
+    s = scene()
+    s.network["alder"].answer = only(MessageType.TRAIN, None)
+    s.clock.after(5.0, lambda: s.members.sites.pop("alder"))
+
+    def who(gone) -> list[str]:
+        assert not gone
+        return [site for site in NODES.values() if s.talk.is_member(site)][:1]
+
+    came: list[str] = []
+    for site, _ in s.talk.ask(MessageType.TRAIN, 1, records, MODEL, lambda: len(came) >= 1, 60.0, who):
+        came.append(site)
+    assert came == ["birch"]
+    assert [s.network.count(name) for name in NODES.values()] == [1, 1, 0]
+    assert s.network.count_of(MessageType.QUERY) == 3
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_sampled_round_waits_for_no_spare(scene, closes) -> None:
+    """Two updates make a round, three sites are asked, one never answers: with a spare the round closes in seconds, and
+    nobody was absent; without one it waits for its deadline, and says who was."""
+    s = scene(sample=2, over_select=1 if closes else 0, quorum=1)
+    sites, plan = FakeSites(s.talk.plan), s.talk.plan
+    for site in NODES.values():
+        s.network[site].answer = lambda m, site=site: sites.content(site, m.metadata.message_type, m)
+    silent = draw_order(plan.task.seed, 1, plan.roster)[0]
+    good = s.network[silent].answer
+    s.network[silent].answer = lambda m: None if m.metadata.message_type == MessageType.TRAIN else good(m)
+    store = CheckpointStore(s.journal.path.parent / "checkpoints")
+    strategy = FederatedAveraging(plan, store, s.journal, s.members)  # type: ignore[arg-type]
+    began = s.clock.now
+    strategy.start(s.network, arrays_to_wire(initial_weights(plan.task.model, 0)), 1)  # type: ignore[arg-type]
+    event = s.told("round")[-1]
+    assert len(event["accepted"]) == (2 if closes else 1)
+    assert (event["absent"], event["spare"]) == (([], [silent]) if closes else ([silent], []))
+    assert (s.clock.now - began < 10) == closes

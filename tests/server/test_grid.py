@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
@@ -27,7 +28,8 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.contract import RAW
+from client.contract import RAW, arrays_from_wire, arrays_to_wire
+from client.encoding import Compression
 from server import grid as grid_module
 from server.grid import BoundedGrid, join
 
@@ -289,6 +291,25 @@ def test_an_answer_is_in_memory_once(link) -> None:
 
     assert _peak(flowers) > 2.9 * len(data)
     assert _peak(ours) < 2.2 * len(data)  # the pieces, and a buffer that counts in whole as soon as it is asked for
+
+
+def test_a_compressed_answer_is_freed_as_it_is_decoded(link) -> None:
+    """Beside the pieces that came and the change itself there are a few MiB; joined, the pieces would count twice."""
+    values = 6 * MIB
+    shapes = {"w": (6, MIB)}
+    delta = {"w": torch.randn(shapes["w"], generator=torch.Generator().manual_seed(0))}
+    compression = Compression("bf16")
+    message = Message(RecordDict({"delta": arrays_to_wire(delta, compression)}), reply_to=question())
+    contents = contents_of(message)
+    size = sum(map(len, contents.values()))
+
+    def read() -> Any:
+        found = join(message.object_id, contents, 4 * values)
+        assert not any(len(left) > MIB for left in contents.values())
+        return arrays_from_wire(found.content.array_records["delta"], shapes, compression)
+
+    assert _peak(read) < 4 * values + 4 * MIB  # the pieces were there before
+    assert size > 1.3 * values
 
 
 def test_a_model_that_is_sent_is_in_memory_once(grid, link) -> None:

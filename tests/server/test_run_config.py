@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 
+from client.encoding import Compression, largest_size
+from client.personalisation import Personalisation
 from medsegdiff.config import preset
 from medsegdiff.errors import UserError
 from medsegdiff.strict import dump_yaml, parse_config, plain, read_config
@@ -47,8 +49,20 @@ REQUEST = {"rounds": 2, "local_steps": 3}
         ({"strategy": {"rule": "median", "weighting": "examples"}}, "one large site could be a majority of its own"),
         ({"screening": {"norm_factor": 0.5}}, "norm_factor must be at least 1, found 0.5"),
         ({"screening": {"strikes": 0}}, "strikes must lie in 1..1000, found 0"),
+        ({"sample": 0}, "sample must be at least 1 site, or null for all, found 0"),
+        ({"sample": 1.5}, "sample must be a whole number of sites, or a part of them in (0, 1], found 1.5"),
+        ({"sample": float("nan")}, "or a part of them in (0, 1], found nan"),
+        ({"over_select": 2}, "over_select is 2 without sample: all sites are asked already"),
+        ({"sample": 2, "over_select": -1}, "over_select must be at least 0, found -1"),
         ({"selection": {"patience": 3}}, "patience needs `by: mean` or `by: worst`"),
         ({"rounds": "many"}, "rounds"),
+        ({"compression": {"kind": "int9"}}, "compression.kind"),
+        ({"compression": {"kind": "top_k"}}, "compression: fraction is None with kind top_k: top_k needs one"),
+        ({"compression": {"kind": "int8", "fraction": 0.1}}, "the others none"),
+        (
+            {"compression": {"kind": "top_k", "fraction": 0.1}, "strategy": {"rule": "median"}},
+            "the median of sparse updates is zero almost everywhere",
+        ),
         ({"training": {"learning_rate": -1}}, "training: learning_rate must lie in"),
     ],
 )
@@ -127,7 +141,10 @@ def test_a_run_from_before_a_setting_existed_keeps_its_identity(tiny_task) -> No
     plan = plan_of(tiny_task)
     old = plain(replace(plan, engine="any", quorum=None, deadline_seconds=3600.0, absence_seconds=120.0))
     old["strategy"] = {"name": "fedavg", "proximal_mu": 0.0}
-    del old["screening"], old["selection"], old["wave"]
+    for later in ("screening", "selection", "wave", "initial", "sample", "over_select", "stragglers", "canary"):
+        del old[later]
+    for later in ("compression", "privacy", "personalisation", "control_variates"):
+        del old["task"][later]
     due = hashlib.sha256(json.dumps(old, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()[:12]
     read = parse_config(old | {"engine": "network"}, RunPlan, "run.yaml")
     assert read.run_id == plan.run_id == f"{plan.name}-{due}"
@@ -147,9 +164,14 @@ def test_what_changes_the_model_changes_the_run_id(tiny_task) -> None:
         {"selection": SelectionConfig("mean")},
         {"selection": SelectionConfig("mean", patience=2)},
     ]
+    asked = [
+        ("fedavg", replace(tiny_task, personalisation=Personalisation("local_norms"))),
+        ("scaffold", replace(tiny_task, control_variates=True)),
+    ]
     three = {"alder": 3, "birch": 2, "elm": 1}
     ids = {plan_of(tiny_task, roster=three, **change).run_id for change in [{}, *changed]}
-    assert len(ids) == len(changed) + 1
+    ids |= {RunPlan("tiny", "tiny", StrategyConfig(name), three, task).run_id for name, task in asked}
+    assert len(ids) == len(changed) + len(asked) + 1
 
 
 def test_a_rule_needs_its_sites(tiny_task) -> None:
@@ -160,3 +182,36 @@ def test_a_rule_needs_its_sites(tiny_task) -> None:
         plan_of(tiny_task, roster=three, strategy=StrategyConfig(rule="median", byzantine=2))
     with pytest.raises(ValueError, match="multi_krum with byzantine 1 needs at least 5"):
         plan_of(tiny_task, roster=three, strategy=StrategyConfig(rule="multi_krum"))
+
+
+def test_a_compression_is_part_of_the_run_and_told_where_there_is_one(tiny_task) -> None:
+    """It reaches the task, names another run, stands in the report, and lets more sites be asked at once."""
+    request = parse_config(REQUEST | {"compression": {"kind": "top_k", "fraction": 0.1}}, RunRequest, "r")
+    assert request.task(tiny_task.dataset, 0).compression == Compression("top_k", 0.1)
+    plan, small = plan_of(tiny_task), plan_of(replace(tiny_task, compression=Compression("top_k", 0.1)))
+    assert plan.run_id != small.run_id
+    assert plan.stated() == {"name": "fedavg", "proximal_mu": 0.0}
+    assert small.stated() == plan.stated() | {"compression": "top_k", "compression_fraction": 0.1}
+    assert plan_of(replace(tiny_task, compression=Compression("int8"))).stated()["compression"] == "int8"
+    large = replace(tiny_task, model=preset("B"), compression=Compression("int8"))
+    assert plan_of(large).sites_at_once == 2**32 // largest_size(large.compression, weight_shapes(large.model)) == 37
+
+
+def test_a_plan_with_an_unsound_compression_is_refused(tiny_task) -> None:
+    """Also where it is read from run.yaml, or made of parts."""
+    with pytest.raises(ValueError, match="rule multi_krum does not go with compression top_k"):
+        RunPlan(
+            "tiny",
+            "tiny",
+            StrategyConfig(rule="multi_krum", byzantine=0),
+            {"a": 3, "b": 2, "c": 2},
+            replace(tiny_task, compression=Compression("top_k", 0.1)),
+        )
+
+
+def test_more_sites_than_a_question_can_name_are_refused(tiny_task) -> None:
+    """With error feedback, where each is named; without it there is no such limit."""
+    many = {f"s{number}": 1 for number in range(10_001)}
+    with pytest.raises(ValueError, match="at most 10,000 sites, the run has 10,001"):
+        plan_of(replace(tiny_task, compression=Compression("int8")), roster=many)
+    assert plan_of(replace(tiny_task, compression=Compression("bf16")), roster=many).required == 10_001

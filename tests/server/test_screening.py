@@ -194,6 +194,17 @@ def test_good_scores_are_accepted() -> None:
     assert isinstance(screen_scores(score_reply(patients=0, dice=None, dice_by_target={}), EXPECTED), Scores)
 
 
+def test_a_second_model_is_scored_where_the_run_has_one() -> None:
+    """One site could otherwise give every report an arm that nobody trained."""
+    told = score_reply(personal_dice=0.5, personal_hd95_mm=3.0)
+    outcome = screen_scores(told, EXPECTED)
+    assert isinstance(outcome, Rejection)
+    assert "the run has none" in outcome.reason
+    assert isinstance(screen_scores(told, replace(EXPECTED, second_model=True)), Scores)
+    empty = score_reply(patients=0, dice=None, dice_by_target={}, personal_dice=0.5)
+    assert isinstance(screen_scores(empty, replace(EXPECTED, second_model=True)), Rejection)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -337,7 +348,7 @@ def test_an_introduction_counts_for_its_own_question_and_site() -> None:
         (presence_reply(nonce="n-0"), "answers another question"),
         (presence_reply(run="run-0"), "answers another question"),
         (presence_reply(site="mallory"), "'mallory' is not on the roster"),
-        (presence_reply(contract_version=2), "contract version 2 meets 1 here"),
+        (presence_reply(contract_version=3), "contract version 3 meets 2 here"),
         (presence_reply(train_patients=-1), "counts must lie in"),
         (presence_reply(application="x" * 1000), "longer than 128"),
         (reply(Error(REFUSED, "not-approved: x")), "the run is not approved"),

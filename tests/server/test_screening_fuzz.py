@@ -3,6 +3,7 @@ the grid, screening. None raises, hangs, takes memory beyond a bound or gets in.
 
 from __future__ import annotations
 
+import math
 import time
 import tracemalloc
 from collections import Counter
@@ -24,7 +25,9 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.contract import TrainTask, Update, array_bytes, arrays_to_wire, sign, to_wire
+from client.contract import AS_IT_IS, TrainTask, Update, sign, to_wire
+from client.encoding import Compression, largest_size
+from client.feedback import pack
 from medsegdiff.strict import read_config
 from medsegdiff.weights import hash_weights, weight_shapes
 from server.config import RunPlan
@@ -39,13 +42,15 @@ Objects = dict[str, bytes]
 class Scene:
     """One good reply as the objects it travels as, and the grid that takes it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, compression: Compression = AS_IT_IS) -> None:
         plan = read_config(folder / "run.yaml", RunPlan)
         task: TrainTask = plan.task
         delta = delta_of("birch", 1, task)
         shapes = weight_shapes(task.model)
-        self.update = Update("birch", plan.run_id, 1, "a" * 64, 2, task.local_steps, 0.5, 1.0, hash_weights(delta))
-        content = RecordDict({"update": to_wire(self.update), "delta": arrays_to_wire(delta)})
+        update = Update("birch", plan.run_id, 1, "a" * 64, 2, task.local_steps, 0.5, 1.0, hash_weights(delta))
+        packed = pack(update, delta, compression)
+        self.update = packed.update
+        content = RecordDict({"update": to_wire(self.update), "delta": packed.arrays})
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1000
         question = Message(RecordDict(), 1000, "train")
         question.metadata.__dict__["_message_id"] = "m-1"
@@ -56,13 +61,14 @@ class Scene:
         self.size = sum(map(len, self.good.values()))
         key = KEY.public_key().public_bytes_raw().hex()
         self.expected = Expected(
-            "birch", plan.run_id, 1, "a" * 64, task.local_steps, 2, shapes, ("lesion",), largest_norm=1e3, key=key
-        )
+            "birch", plan.run_id, 1, "a" * 64, task.local_steps, 2, shapes, ("lesion",), largest_norm=1e3, key=key,
+            compression=compression,
+        )  # fmt: skip
         self.reply, self.link = reply, SuperLink()
         flower = HttpGrid(token="t")
         flower.set_run(Run.create_empty(run_id=7))
         flower._client = self.link  # type: ignore[assignment]
-        self.grid = BoundedGrid(flower, array_bytes(content.array_records["delta"]))
+        self.grid = BoundedGrid(flower, largest_size(compression, shapes))
 
     def verdict(self, objects: Objects) -> Accepted | Rejection | None:
         """None: the SuperLink does not take such an object."""
@@ -169,6 +175,30 @@ def test_ten_thousand_mutations(scene) -> None:
     assert tracked == 2000
     assert verdicts["unchanged"] < 1500  # metadata, and swaps of an object with itself
     assert len(verdicts) > 8, verdicts  # many different faults were met, not one and the same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "compression", [Compression("bf16"), Compression("int8"), Compression("top_k", 0.1)], ids=lambda c: c.kind
+)
+def test_seven_hundred_mutations_of_a_compressed_one(make_run, compression) -> None:
+    """The same bounds, with the decoder behind the grid; pieces that go missing or come twice among them."""
+    scene, rng = Scene(make_run(), compression), np.random.default_rng(1)
+    whole = 4 * sum(math.prod(shape) for shape in scene.expected.shapes.values())
+    assert check(scene, scene.good) == "unchanged"
+    verdicts: Counter[str] = Counter()
+    for number in range(700):
+        kind, objects = mutate(scene.good, rng)
+        measured = number % 5 == 0
+        if measured:
+            tracemalloc.start()
+        verdicts[check(scene, objects)] += 1
+        if measured:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 2 * whole + 6 * scene.size + 2**22, kind
+    assert verdicts["unchanged"] < 110
+    assert len(verdicts) > 8, verdicts
 
 
 @settings(max_examples=150, deadline=None)

@@ -154,7 +154,7 @@ def test_strangers_and_doubles_have_no_say(make_run) -> None:
     from server.app import app
     from simulations.inline import run_inline
 
-    run_inline(app, sites, len(names), folder)  # type: ignore[arg-type]
+    run_inline(app, sites, len(names), folder)
     reasons = {event["reason"] for event in events(folder, "stranger")}
     assert any("'mallory' is not on the roster" in reason for reason in reasons)
     assert any("'alder' is here twice" in reason for reason in reasons)

@@ -36,7 +36,7 @@ def carry_out(folder: Path, attack: str) -> tuple[RunPlan, dict[str, Message]]:
             sent[list(plan.roster)[context.node_config["partition-id"]]] = reply
         return reply
 
-    run_inline(server_app, listen, len(plan.roster), folder)  # type: ignore[arg-type]
+    run_inline(server_app, listen, len(plan.roster), folder)
     return plan, sent
 
 
@@ -86,10 +86,10 @@ def test_a_median_is_moved_less_than_a_mean(make_run) -> None:
     assert moved["median"] < moved["mean"] / 4
 
 
-def test_flipped_masks_are_turned_inside_out(tmp_path, tiny_world, tiny_source) -> None:
+def test_flipped_masks_are_turned_inside_out(tmp_path, untouched_world, tiny_source) -> None:
     """Every voxel of every mask of the site; images stay; done twice, they are as they were."""
     site = tmp_path / "alder"
-    shutil.copytree(tiny_world / "alder", site)
+    shutil.copytree(untouched_world / "alder", site)
     shutil.copytree(tiny_source, site / "data" / "own")
     table = site / "data" / "cases.csv"
     lines = [line.split(",") for line in table.read_text().splitlines()]

@@ -58,6 +58,7 @@ def mean_dice_by_band(patients: list[Rendered]) -> np.ndarray:
     )
 
 
+@pytest.mark.slow
 def test_no_brightness_finds_the_lesion(hospitals) -> None:
     """Chosen in sight of the truth, the best threshold of each hospital stays below Dice 0.5, the best band between two
     thresholds below 0.55, and one band for all hospitals below 0.25."""

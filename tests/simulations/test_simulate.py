@@ -27,6 +27,7 @@ def models(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths if ".state." not in path.name}
 
 
+@pytest.mark.slow
 def test_a_simulation_leaves_a_whole_run_folder_and_repeats_bit_for_bit(tiny_recipe, tmp_path) -> None:
     """All files of the design; a second run gives the same bytes of every model; a finished run resumes to itself."""
     recipe = tiny_recipe()
@@ -45,7 +46,8 @@ def test_a_simulation_leaves_a_whole_run_folder_and_repeats_bit_for_bit(tiny_rec
     )  # fmt: skip
     assert set(report["arms"]) == {"federated", "local", "pooled"}
     assert report["sites"]["alder"]["patients"] == {"train": 2, "test": 1}
-    assert report["bytes"]["up"] == report["bytes"]["down"] > 0
+    # Up: an update a site and round. Down: the first model, and after each round the new one, scored and trained.
+    assert report["bytes"]["up"] * 3 == report["bytes"]["down"] * 2 > 0
     run(recipe, tmp_path / "two")
     assert models(tmp_path / "one") == models(tmp_path / "two")
     assert comparable(tmp_path / "one") == comparable(tmp_path / "two")

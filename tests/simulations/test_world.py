@@ -341,6 +341,7 @@ with listening(kill):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_half_world(phantoms, tmp_path) -> None:
     """Killed after the first of two sites, there is no world; the next run makes a whole one."""
     world = tmp_path / "world"
