@@ -79,7 +79,7 @@ class FaultProxy:
                 piece = 1024 if self.mode == "slow" else 65_536
                 try:
                     data = source.recv(piece)
-                except TimeoutError:
+                except (TimeoutError, BlockingIOError):  # the latter: the other direction has just changed the wait
                     continue
                 if not data:
                     break

@@ -85,5 +85,7 @@ def test_a_slow_line_drips(line: FaultProxy) -> None:
         connection.settimeout(5.0)
         connection.sendall(bytes(4096))
         while came < 4096:
-            came += len(connection.recv(4096))
+            block = connection.recv(4096)
+            assert block, f"the line ended after {came} bytes"
+            came += len(block)
         assert time.monotonic() - began > 0.5

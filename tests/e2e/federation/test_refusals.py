@@ -56,8 +56,8 @@ def journal(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         scene.enrol(site, "alder", policy)
     add_broken_cases(stage.sites["ruined"], 8)
     folder = tmp_path_factory.mktemp("programs")
-    contract = "CONTRACT_VERSION = 1"
-    scene.program["newer"] = program(folder / "newer", "client/contract.py", contract, "CONTRACT_VERSION = 2")
+    contract = "CONTRACT_VERSION = 2"
+    scene.program["newer"] = program(folder / "newer", "client/contract.py", contract, "CONTRACT_VERSION = 3")
     first_word = '"""Scoring a model'
     scene.program["altered"] = program(folder / "altered", "client/evaluation.py", first_word, '"""Scoring A model')
     run_id = stage.begin(stage.run_file(scene.recipe, "refused", tuple(CODES), rounds=2, **QUICK))
