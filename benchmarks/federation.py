@@ -1,9 +1,11 @@
 """What a real federation costs beside training: python -m benchmarks.federation [--models tiny S B136] [--sites 2 4]
+[--wave 1] [--rounds 3]
 
 A server and its sites, real processes over real TLS on this machine, carry out a few rounds of hardly any training.
 Reported: seconds of a round beyond the training of its slowest site, the highest resident memory of each process, and
 the bytes that went through the gateway beside the weights' own size. All sites share this machine's cores: a hospital
-with a machine of its own waits less.
+with a machine of its own waits less. `--wave`: how many sites train at a time; of a round with several waves the
+training of each wave's slowest site is taken off. Figures that are there for other models, sites and waves stay.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 
-from benchmarks.turns import Answer, hardware, publish, spread, table
+from benchmarks.turns import RESULTS, Answer, hardware, publish, spread, table
 from deploy import guard
 from deploy.rehearsal import Rehearsal
 from medsegdiff.strict import read_config
@@ -29,7 +31,7 @@ from server.config import RunPlan
 from server.journal import Event
 from simulations.recipe import Recipe, read_recipe
 
-ROUNDS = 5  # the first is left out: connections are made and networks built in it
+ROUNDS = 5  # by default; the first is left out: connections are made and networks built in it
 LOOK_SECONDS = 0.1
 LONGEST_SECONDS = 1500.0  # for a run of five rounds
 
@@ -68,6 +70,7 @@ run:
   training: {{batch_size: 1}}
   sampling: {{steps: 1}}
   evaluate_every: {rounds}
+  wave: {wave}
 arms: []
 """
 
@@ -107,9 +110,9 @@ def _peak(status: Path) -> int:
     return 1024 * int(line.split()[1])
 
 
-def measure(model: str, sites: int, folder: Path) -> Answer:
+def measure(model: str, sites: int, wave: int | None, rounds: int, folder: Path) -> Answer:
     """One federation, one run; the folder is made and may be deleted afterwards."""
-    recipe = _recipe(model, sites, folder)
+    recipe = _recipe(model, sites, wave, rounds, folder)
     stage = Rehearsal(folder / "federation")
     stage.prepare(recipe)
     memory = Memory(stage.folder)
@@ -123,23 +126,32 @@ def measure(model: str, sites: int, folder: Path) -> Answer:
     return {
         "model": model,
         "sites": sites,
+        "wave": wave,
+        "rounds": rounds,
         "weights_mb": round(weights / 1e6, 1),
-        "seconds_beyond_training": spread(beyond_training(events)[1:]),
+        "seconds_beyond_training": spread(beyond_training(events, wave)[1:]),
         "peak_mb": {name: round(memory.peaks[name] / 1e6) for _, name in PARTS},
-        "bytes_over_weights": carried(stage.server / "state" / "logs", weights, sites),
+        "bytes_over_weights": carried(stage.server / "state" / "logs", weights, sites, rounds),
     }
 
 
-def beyond_training(events: Sequence[Event]) -> list[float]:
-    """Of each round: seconds from the commit before it to its own, less the training of its slowest site."""
+def beyond_training(events: Sequence[Event], wave: int | None = None) -> list[float]:
+    """Of each round: seconds from the commit before it to its own, less the training of its slowest site.
+
+    Args:
+        wave: sites that train at a time (None: all). Of a round with several waves as many of the longest trainings are
+            taken off; where the waves' slowest sites are not the slowest of all, that is a little too much.
+    """
     rounds = [event for event in events if event["event"] == "round"]
-    return [
-        after["time"] - before["time"] - max(site["seconds"] for site in after["accepted"].values())
-        for before, after in itertools.pairwise(rounds)
-    ]
+    found = []
+    for before, after in itertools.pairwise(rounds):
+        seconds = sorted((site["seconds"] for site in after["accepted"].values()), reverse=True)
+        waves = math.ceil(len(seconds) / (wave or len(seconds)))
+        found.append(after["time"] - before["time"] - sum(seconds[:waves]))
+    return found
 
 
-def carried(logs: Path, weights: int, sites: int) -> dict[str, float]:
+def carried(logs: Path, weights: int, sites: int, rounds: int) -> dict[str, float]:
     """Bytes through the gateway over those of the weights alone, all that Flower and we say besides included.
 
     Up: every site's updates. Down: the model of every round, and the last one once more, to be scored.
@@ -149,17 +161,30 @@ def carried(logs: Path, weights: int, sites: int) -> dict[str, float]:
         for line in path.read_text(encoding="utf-8").splitlines():
             request = json.loads(line)
             up, down = up + request["received"], down + request["sent"]
-    due_up, due_down = sites * ROUNDS * weights, sites * (ROUNDS + 1) * weights
+    due_up, due_down = sites * rounds * weights, sites * (rounds + 1) * weights
     return {"up": round(up / due_up, 4), "down": round(down / due_down, 4)}
 
 
-def _recipe(model: str, sites: int, folder: Path) -> Recipe:
+def _recipe(model: str, sites: int, wave: int | None, rounds: int, folder: Path) -> Recipe:
     folder.mkdir(parents=True, exist_ok=True)
     names = ", ".join(("alder", "birch", "cedar", "dogwood", "elm", "fir", "ginkgo", "hazel")[:sites])
-    text = RECIPE.format(sites=names, rounds=ROUNDS, model=json.dumps(MODELS[model] | SMALL))
+    config = json.dumps(MODELS[model] | SMALL)
+    text = RECIPE.format(sites=names, rounds=rounds, model=config, wave=json.dumps(wave))
     path = folder / "bench.yaml"
     path.write_text(text, encoding="utf-8")
     return read_recipe(path)
+
+
+def _kept(new: Sequence[Answer]) -> list[Answer]:
+    """Earlier figures that no new one replaces."""
+    path = RESULTS / "federation.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    again = {_case(result) for result in new}
+    return [result for result in before if _case(result) not in again]
+
+
+def _case(result: Answer) -> tuple[str, int, int | None]:
+    return result["model"], result["sites"], result.get("wave")
 
 
 def main() -> None:
@@ -167,19 +192,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--sites", nargs="+", type=int, choices=range(1, 9), default=[2, 4])
+    parser.add_argument("--wave", type=int, help="sites that train at a time; default: the run's own")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, choices=range(3, 100), metavar="N")
     parser.add_argument("--keep", action="store_true", help="keep the federations' folders")
     given = parser.parse_args()
-    results = []
+    results: list[Answer] = []
     for model, sites in itertools.product(given.models, given.sites):
         folder = Path(mkdtemp(prefix=f"federation-{model}-{sites}-"))
-        results.append(measure(model, sites, folder / "run"))
+        results.append(measure(model, sites, given.wave, given.rounds, folder / "run"))
         print(json.dumps(results[-1]), flush=True)
-        publish("federation", {"what": __doc__, "rounds": ROUNDS, "hardware": hardware(1), "results": results})
+        publish("federation", {"what": __doc__, "hardware": hardware(1), "results": _kept(results) + results})
         if not given.keep:
             shutil.rmtree(folder)
     rows = [
         [
-            f"{r['model']}, {r['weights_mb']} MB, {r['sites']} sites",
+            f"{r['model']}, {r['weights_mb']} MB, {r['sites']} sites, wave {r['wave'] or 'all'}",
             r["seconds_beyond_training"]["median"],
             *(r["peak_mb"][name] for name in ("ServerApp", "SuperLink", "SuperNode", "runner")),
             r["bytes_over_weights"]["up"],

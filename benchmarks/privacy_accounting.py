@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks.turns import Answer, hardware, publish, spread, table
-from client.privacy import accounting, ledger
+from client.privacy import account as accounts
+from client.privacy import accounting
+from client.privacy.account import Ceiling, ledger_path, read_account
 from client.privacy.accounting import Mechanism
-from client.privacy.ledger import Ceiling, Ledger, ledger_path, read_account
+from client.privacy.ledger import Ledger
 from client.privacy.renyi import renyi_epsilon
 from medsegdiff.chained_log import ChainedLog
 
@@ -56,7 +58,7 @@ def measure_accountants(repeats: int) -> list[Answer]:
 def fill(path: Path, entries: int) -> None:
     """A ledger of so many reservations, written under one lock; each line is flushed as ever."""
     with ChainedLog(path).held() as log:
-        log.append("opened", version=ledger.VERSION, **ledger.PROMISE, epsilon=8.0, delta=DELTA)
+        log.append("opened", version=accounts.VERSION, **accounts.PROMISE, epsilon=8.0, delta=DELTA)
         for number in range(entries):
             first = {} if number else {"order": 12}
             made = log.append("reserved", run="run", round=number, sigma=6.3, q=Q, steps=1, epsilon=1.0, **first)
@@ -70,7 +72,7 @@ def measure_ledger(entries: int, folder: Path, repeats: int) -> Answer:
     fill(path, entries)
     book = Ledger(path, Ceiling(8.0, DELTA))
     whole, bare, commits = [], [], []
-    exact = ledger.epsilon
+    exact = accounts.epsilon
 
     def quick(history: Iterable[Mechanism], delta: float) -> accounting.Epsilon:
         value = renyi_epsilon(history, delta)
@@ -78,12 +80,12 @@ def measure_ledger(entries: int, folder: Path, repeats: int) -> Answer:
 
     for number in range(repeats):
         for times, accountant in ((whole, exact), (bare, quick)):
-            ledger.epsilon = accountant  # type: ignore[assignment]
+            accounts.epsilon = accountant  # type: ignore[assignment]
             begun = time.perf_counter()
             reservation = book.reserve("run", entries + number, 6.3, Q, 1)
             times.append(time.perf_counter() - begun)
             commits.append(seconds(lambda made=reservation: book.commit(made, 1)))
-    ledger.epsilon = exact
+    accounts.epsilon = exact
     pair = spread(bare, 5)["median"] + spread(commits, 5)["median"]
     return {
         "entries": entries,

@@ -33,7 +33,7 @@ FORMAT = 1
 class PackedCase(PreparedCase):
     """A case whose tensors lie in memory."""
 
-    stored: Mapping[str, Tensor] = field(repr=False, compare=False)
+    stored: Mapping[str, Tensor] = field(repr=False, compare=False, kw_only=True)
 
     def tensor(self, name: str) -> Tensor:
         """ "image" (N, C, S, S) float16, "labels" (1, N, S, S) uint8 or "native" (1, S, S, N) uint8."""
@@ -124,7 +124,7 @@ def _case(path: Path, facts: dict[str, Any], images: Tensor, labels: Tensor) -> 
     case = Case(facts["case"], facts["patient"], (), (), facts["site"])
     present = tuple(tuple(index for index in slice_.unique().tolist() if index) for slice_ in labels)
     stored = {"image": images, "labels": labels[None], "native": labels.movedim(0, -1)[None]}
-    return PackedCase(case, path, Geometry((size, size, count), 2, None), size, channels, 1, present, stored)
+    return PackedCase(case, path, Geometry((size, size, count), 2, None), size, channels, 1, present, stored=stored)
 
 
 def dataset_of(cache: Mapping[str, PackedDataset], task: Task) -> PackedDataset:

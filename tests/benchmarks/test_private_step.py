@@ -30,18 +30,18 @@ def test_every_side_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows_of({"cases": [case]})) == 4
 
 
-def test_earlier_cases_are_kept_on_the_same_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_earlier_cases_are_kept_on_the_same_machine(tmp_path: Path) -> None:
     """Networks are measured in several calls; a case measured again is replaced, another machine's are dropped."""
 
     def case(model: str, value: int) -> dict[str, object]:
-        return {"model": model, "slices": 1, "draws": 1, "patients": 8, "value": value}
+        return {"model": model, "slices": 1, "draws": 1, "patients": 8, "precision": "fp32", "value": value}
 
     def result(cpu: str, *cases: dict[str, object]) -> dict[str, object]:
-        return {"what": "w", "hardware": {"cpu": cpu}, "precision": "fp32", "clock": "wall", "cases": list(cases)}
+        return {"what": "w", "hardware": {"cpu": cpu}, "clock": "wall", "cases": list(cases)}
 
-    monkeypatch.setattr(private_step, "RESULTS", tmp_path)
-    (tmp_path / "private_step.json").write_text(json.dumps(result("a", case("x", 1), case("y", 1))))
-    merged = private_step._with_earlier(result("a", case("y", 2)), "private_step")
+    path = tmp_path / "private_step.json"
+    path.write_text(json.dumps(result("a", case("x", 1), case("y", 1))))
+    merged = private_step._with_earlier(result("a", case("y", 2)), path)
     assert merged["cases"] == [case("x", 1), case("y", 2)]
-    assert private_step._with_earlier(result("b", case("y", 2)), "private_step")["cases"] == [case("y", 2)]
-    assert private_step._with_earlier(result("a", case("y", 2)), "missing")["cases"] == [case("y", 2)]
+    assert private_step._with_earlier(result("b", case("y", 2)), path)["cases"] == [case("y", 2)]
+    assert private_step._with_earlier(result("a", case("y", 2)), tmp_path / "missing.json")["cases"] == [case("y", 2)]
