@@ -16,7 +16,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo federation chaos test-federation test check bench attack-poison real setup clean
+.PHONY: demo federation chaos test-federation test check bench attack-poison attack-privacy privacy-utility real setup clean
 
 setup: $(READY)
 
@@ -91,6 +91,19 @@ ATTACKS ?= runs/attacks
 
 attack-poison: $(READY)
 	$(BIN)/python -m benchmarks.attacks --out $(ATTACKS)
+
+# Who was in a training, and what did the scan look like? (docs/privacy.md): from where it was; --quick takes ten minutes.
+ATTACK ?= --picture docs/privacy-inversion.png
+
+attack-privacy: $(READY)
+	$(BIN)/python -m benchmarks.privacy_attacks $(ATTACK)
+
+# Dice against epsilon, DATA holding msd_hippocampus and lgg_tcga (docs/privacy.md): for a GPU; goes on where it was.
+DATA ?= data
+JOBS ?= 2
+
+privacy-utility: $(READY)
+	$(BIN)/python -m benchmarks.privacy_utility --data $(DATA) --out runs/privacy-utility --jobs $(JOBS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) build *.egg-info
