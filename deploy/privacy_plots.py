@@ -42,7 +42,7 @@ def plot_plan(plan: Plan, file: Path) -> None:
 
 
 def plot_ledger(account: Account, file: Path) -> None:
-    """Epsilon after each reservation; a colour and a mark a run, of the last eight.
+    """Epsilon after each reservation; a colour and a mark a run, of the last eight; where a write-off began anew.
 
     Raises:
         UserError: nothing was reserved yet, or the file cannot be written.
@@ -60,6 +60,8 @@ def plot_ledger(account: Account, file: Path) -> None:
             points = [(n, entry.epsilon) for n, entry in numbered if entry.run == run]
             axes.plot(*zip(*points, strict=True), ls="", ms=4, marker=marker, color=colour, label=shortened(run))
         _limit_line(axes, limit, "ceiling")
+        if account.written_off is not None:
+            _write_off_line(axes, account.past + 0.5, account.written_off.epsilon)
         axes.set(xlabel="reservation", ylabel="epsilon after it", xlim=(0, None), ylim=(0, 1.12 * max(limit, *values)))
         # Beside the axes: inside them a short ledger's points lie anywhere, and its marks look like some of them.
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, borderaxespad=0)
@@ -72,6 +74,14 @@ def _limit_line(axes: Axes, limit: float, name: str) -> None:
     axes.annotate(
         f"{name} {limit:g}", (0.01, limit), xycoords=("axes fraction", "data"), xytext=(0, 3),
         textcoords="offset points", fontsize=9, color=INK,
+    )  # fmt: skip
+
+
+def _write_off_line(axes: Axes, after: float, epsilon: float) -> None:
+    axes.axvline(after, color=INK, lw=1.0, ls=DOTTED)
+    axes.annotate(
+        f"all before written off as {epsilon:g}", (after, 0), xycoords=("data", "axes fraction"), xytext=(-3, 4),
+        textcoords="offset points", fontsize=9, color=INK, rotation=90, ha="right", va="bottom",
     )  # fmt: skip
 
 
