@@ -9,14 +9,16 @@ With c the control variate of all sites (it comes with the question) and c_i the
 
 For plain gradient steps of one rate this is option II of the algorithm, c_i - c + (x - y_i) / (K eta): there the last
 term is the mean of the corrected gradients. Here AdamW takes the steps, from which no gradient can be read back, so the
-gradients are averaged themselves. The clip is the training's own (`gradient_clip`); it bounds c_i, and with it what a
-site can ask of the others.
+gradients are averaged themselves. The clip is the training's own (`gradient_clip`): no honest c_i is longer, nor is c,
+their mean. The server sees changes of c_i alone, so it holds c to that length, whatever the sites send; a site shortens
+a longer one once more and trains, since to refuse it would hold every round up.
 
 c_i advances with the updates that the server has counted (client/state.py).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -28,7 +30,9 @@ from client.personalisation import CONTROL, common_shapes
 from client.site import Site
 from client.state import SiteState
 from medsegdiff.errors import UserError
-from medsegdiff.weights import hash_weights
+from medsegdiff.weights import hash_weights, held_to
+
+log = logging.getLogger("medsegfed.site")
 
 Weights = dict[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -96,6 +100,12 @@ def begin(site: Site, task: TrainTask, message: Message, assignment: Assignment)
             raise UserError(
                 "the control variate is not the one the server named (its hash differs); nothing was trained."
             )
+        held = held_to(common, task.training.gradient_clip)
+        if any(held[name] is not value for name, value in common.items()):
+            log.warning(
+                "round %d: the control variate is longer than any honest one; it is shortened", assignment.round
+            )
+        common = held
     return DriftCorrection(common, _state(site).find(assignment), shapes, task.training.gradient_clip)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -72,6 +73,20 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of a network, without allocating it."""
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in MedSegDiff(config).state_dict().items()}
+
+
+def held_to(values: Mapping[str, Tensor], longest: float) -> dict[str, Tensor]:
+    """The values, shortened to `longest` where their common 2-norm is above it, float32.
+
+    Guarantees:
+        Up to 1.01 times `longest`, which rounding may make of what is exactly that long, no bit changes.
+        The same bits for any number of threads (numpy sums with one).
+    """
+    squares = (float(np.square(value.double().numpy()).sum()) for value in values.values())
+    norm = math.sqrt(math.fsum(squares))
+    if norm <= 1.01 * longest:
+        return dict(values)
+    return {name: (value.double() * (longest / norm)).float() for name, value in values.items()}
 
 
 def serialise(card: ModelCard, weights: Mapping[str, Tensor]) -> bytes:

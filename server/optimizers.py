@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from medsegdiff.weights import held_to
 from server.aggregation import apply_update
 from server.checkpoints import AVERAGE
 from server.config import StrategyConfig
@@ -49,19 +50,24 @@ def server_step(
 
 
 def next_control(
-    weights: Mapping[str, Tensor], change: Mapping[str, Tensor], part: float, state: State
+    weights: Mapping[str, Tensor], change: Mapping[str, Tensor], part: float, state: State, clip: float
 ) -> dict[str, Tensor]:
-    """Scaffold's c after a round: c + part x mean change of the c_i, in float64, rounded once.
+    """Scaffold's c after a round: c + part x mean change of the c_i, in float64, rounded once, at most `clip` long.
+
+    A c_i is a mean of clipped gradients, and c the mean of the c_i: none of them is longer than the clip. The server
+    sees changes alone, and a site that sends the largest that is taken in every round would make c as long as it likes.
 
     Args:
         weights: for their shapes.
         change: mean over the sites that answered, each alike.
         part: |S| / N, the part of all sites that answered.
+        clip: the training's `gradient_clip`.
     """
     before = state.get(COMMON)
-    return {
+    moved = {
         name: ((before[name].double() if before else 0.0) + part * change[name].double()).float() for name in weights
     }
+    return held_to(moved, clip)
 
 
 def _optimise(

@@ -509,7 +509,8 @@ class FederatedAveraging(Strategy):
         moved, state = server_step(self.plan.strategy, common, change, last.state, round_)
         if self.plan.task.control_variates:
             controls = {name: change[f"{CONTROL}{name}"] for name in self.common}
-            state[COMMON] = next_control(common, controls, len(accepted) / len(self.plan.roster), last.state)
+            part, clip = len(accepted) / len(self.plan.roster), self.plan.task.training.gradient_clip
+            state[COMMON] = next_control(common, controls, part, last.state, clip)
         weights = last.weights | moved  # what stays at the sites stays as it was
         if AVERAGE in state:
             state[AVERAGE] = last.weights | state[AVERAGE]

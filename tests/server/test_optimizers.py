@@ -15,7 +15,7 @@ from torch import Tensor
 from server.aggregation import apply_update
 from server.checkpoints import AVERAGE
 from server.config import StrategyConfig
-from server.optimizers import State, server_step
+from server.optimizers import COMMON, State, next_control, server_step
 
 SHAPES = {"w": (3, 4), "b": (5,)}
 Arrays = dict[str, np.ndarray]
@@ -162,6 +162,19 @@ def test_fedadam_is_flowers_without_its_bias_correction() -> None:
     strategy.v_t = {name: np.full(shape, 0.01**2) for name, shape in SHAPES.items()}
     config = StrategyConfig("fedadam", server_learning_rate=0.1, tau=0.01)
     close(carry_out(config, draw(0), CHANGES)[0], flower_rounds(strategy, draw(0), CHANGES), rtol=2e-5)
+
+
+def test_the_control_variate_is_held_to_the_clip() -> None:
+    """c + part x change by hand, to the bit, while no longer than the clip; longer, cut to its length."""
+    change, before, zero = tensors(draw(1)), {COMMON: tensors(draw(2))}, tensors(draw(0, 0.0))
+    by_hand = {n: (before[COMMON][n].double() + 0.5 * v.double()).float() for n, v in change.items()}
+    norm = float(torch.cat([value.double().flatten() for value in by_hand.values()]).norm())
+    for clip in (1e9, norm):  # what rounding makes of the clip itself is no more than the clip
+        found = next_control(zero, change, 0.5, before, clip)
+        assert all(torch.equal(found[name], by_hand[name]) for name in SHAPES)
+    found = next_control(zero, change, 0.5, before, norm / 2)
+    for name in SHAPES:
+        torch.testing.assert_close(found[name], by_hand[name] / 2)
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9])

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor, nn
 
-from client.contract import arrays_from_wire, arrays_to_wire
-from client.control import DriftCorrection
-from client.personalisation import CONTROL, sent_shapes
+from client.contract import Assignment, Update, arrays_from_wire, arrays_to_wire, from_wire, to_wire
+from client.control import DriftCorrection, begin
+from client.personalisation import CONTROL, common_shapes, sent_shapes
 from client.site import Site, open_site
 from client.training import make_trainer
+from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
 from medsegdiff.weights import build, hash_weights, initial_weights, load_model
+from server.app import app as server_app
 from server.checkpoints import CheckpointStore
 from server.config import RunPlan, StrategyConfig
 from server.journal import Journal
 from server.optimizers import COMMON, next_control
 from server.rounds import traffic
-from tests.fake_sites import on, say
+from simulations.inline import run_inline
+from tests.fake_sites import FakeSites, delta_of, on, say
 from tests.watched_sites import Sites
 
 Weights = dict[str, Tensor]
@@ -160,7 +166,7 @@ def quadratic_rounds(correcting: bool, present: Callable[[int], tuple[int, ...]]
             own[site] = found
         x = sum(ends) / len(ends)
         change = {"x": torch.stack(changes).mean(dim=0)}
-        c = next_control({"x": torch.zeros(1)}, change, len(ends) / 2, {COMMON: c})
+        c = next_control({"x": torch.zeros(1)}, change, len(ends) / 2, {COMMON: c}, 1e9)
     return x
 
 
@@ -209,6 +215,73 @@ def test_a_false_control_variate_is_left_out(carry_out, make_run, tmp_path, chan
     event = Journal(tmp_path / "runs" / "one" / "journal.jsonl").last("round", round=1)
     assert list(event["rejected"]) == ["elm"]
     assert words in event["rejected"]["elm"]
+
+
+def test_no_site_makes_the_common_control_variate_longer_than_the_clip(make_run) -> None:
+    """elm adds the largest change that is taken in every round; ||c|| ends within the clip, the honest ones' zeros are
+    exact, and a restart has the same bits."""
+    names = []
+    for name, rounds in (("one", (9,)), ("restarted", (4, 9))):
+        folder = make_run(name, task={"rounds": 9, **TASK}, evaluate_every=9, **SCAFFOLD)
+        plan = read_config(folder / "run.yaml", RunPlan)
+        size = sum(math.prod(s) for n, s in sent_shapes(plan.task).items() if n.startswith(CONTROL))
+        largest = 2 * plan.task.training.gradient_clip / math.sqrt(size)
+        for last in rounds:
+            sites = AddingSites(plan, largest, last)
+            with contextlib.suppress(UserError):
+                run_inline(server_app, sites, 3, folder)  # type: ignore[arg-type]
+        names.append(folder)
+    last = [CheckpointStore(f / "checkpoints").latest(plan.run_id) for f in names]
+    found = [checkpoint.state[COMMON] for checkpoint in last if checkpoint is not None and checkpoint.round == 9]
+    norm = math.sqrt(sum(float(value.double().square().sum()) for value in found[0].values()))
+    assert 0.99 < norm / plan.task.training.gradient_clip <= 1.01
+    assert apart(*found) == 0
+    assert not [e for e in Journal(names[0] / "journal.jsonl").events if e["event"] == "rejected"]
+
+
+class AddingSites(FakeSites):
+    """Sites without drift, but for elm, which sends the largest change of c_i; elm is away after round `last`."""
+
+    def __init__(self, plan: RunPlan, largest: float, last: int) -> None:
+        super().__init__(plan)
+        self.largest, self.last = largest, last
+
+    def content(self, site: str, kind: str, message: Message) -> RecordDict:
+        if kind != MessageType.TRAIN:
+            return super().content(site, kind, message)
+        asked = from_wire(message.content, "assignment", Assignment)
+        if asked.round > self.last:
+            raise RuntimeError("killed")
+        change = delta_of(site, asked.round, self.plan.task)
+        delta = {
+            name: torch.full(shape, self.largest if site == "elm" else 0.0)
+            if name.startswith(CONTROL)
+            else change[name]
+            for name, shape in sent_shapes(self.plan.task).items()
+        }
+        steps = self.plan.task.local_steps
+        update = Update(site, asked.run, asked.round, asked.model_hash, 1, steps, 0.5, 0.0, hash_weights(delta))
+        return RecordDict({"update": to_wire(update), "delta": arrays_to_wire(delta)})
+
+
+def test_a_longer_control_variate_is_shortened_at_the_site(untouched_world, make_run, caplog) -> None:
+    """A server that was not, or an older checkpoint, still moves no gradient further; one within is taken as it is."""
+    plan = read_config(make_run("one", task=TASK, **SCAFFOLD) / "run.yaml", RunPlan)
+    site = open_site(untouched_world / "alder" / "site.yaml")
+    clip, shapes = plan.task.training.gradient_clip, common_shapes(plan.task)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    one = clip / math.sqrt(sum(math.prod(shape) for shape in shapes.values()))
+    for factor, longest in ((40.0, clip), (1.0, clip), (0.5, 0.5 * clip)):
+        control = {name: torch.full(shape, factor * one) for name, shape in shapes.items()}
+        question = Message(RecordDict({"control": arrays_to_wire(control)}), 1, MessageType.TRAIN)
+        assignment = Assignment(plan.run_id, 2, "a" * 64, (), hash_weights(control))
+        correction = begin(site, plan.task, question, assignment)
+        assert correction is not None
+        shift = torch.cat([value.double().flatten() for value in correction.shift.values()])
+        assert float(shift.norm()) == pytest.approx(longest, rel=1e-5)
+        assert (apart(correction.shift, control) == 0) == (factor <= 1)
+        assert ("it is shortened" in caplog.text) == (factor > 1)
+        caplog.clear()
 
 
 class Swapped(Sites):
