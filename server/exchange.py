@@ -142,6 +142,7 @@ class Exchange:
         who: Callable[[Collection[str]], Collection[str]] | None = None,
         full: Callable[[], bool] = lambda: False,
         late: Late | None = None,
+        need: Callable[[], int] | None = None,
     ) -> Iterator[tuple[str, Message]]:
         """Ask sites, by default all of the roster, and yield (site, reply) as they come.
 
@@ -160,6 +161,7 @@ class Exchange:
             full: whether no further reply is of use.
             late: is given the answers to earlier rounds' questions to train, where the plan carries them on: a site
                 that still works on one is neither asked nor waited for.
+            need: replies that `met` asks for at this moment, for people; default: those that the plan asks for.
 
         Raises:
             RunStopped: the coordinator wants the run to end.
@@ -206,7 +208,8 @@ class Exchange:
                 and not met()
                 and ((overdue and not told_late) or now - quiet_since > absence_seconds)
             ):
-                paused, told_late = self._tell_pause(round_, missing), overdue
+                due = need() if need is not None else self.plan.required
+                paused, told_late = self._tell_pause(round_, missing, due), overdue
             last_came = now if came else last_came
             if not came:
                 time.sleep(min(LONGEST_POLL_SECONDS, max(POLL_SECONDS, (now - last_came) / 20)))
@@ -259,11 +262,12 @@ class Exchange:
             return
         if self.stopped():
             raise RunStopped
-        self._look_at_members()
+        self.look_at_members()
         self._online = self._nodes()
         self._looked = time.monotonic()
 
-    def _look_at_members(self) -> None:
+    def look_at_members(self) -> None:
+        """Who left is told and not asked any more; done at every look, and when members have just been changed."""
         if self.membership is not None:
             active = self.membership.active()
             gone = [site for site in self._keys if site not in active]
@@ -285,15 +289,15 @@ class Exchange:
         self.sites = {node: name for node, name in self.sites.items() if name != site}
         self._pending = {i: (n, q) for i, (n, q) in self._pending.items() if q.site != site}
 
-    def _tell_pause(self, round_: int, waiting_for: list[str]) -> bool:
+    def _tell_pause(self, round_: int, waiting_for: list[str], need: int) -> bool:
         reasons = {site: self.refused.get(site, "absent") for site in waiting_for}
         log.warning(
             "round %d waits: below the quorum of %d without %s. It goes on when they return; `medsegfed stop` ends it.",
             round_,
-            self.plan.required,
+            need,
             ", ".join(f"{site} ({reason})" for site, reason in reasons.items()),
         )
-        self.journal.append("paused", round=round_, need=self.plan.required, absent=reasons)
+        self.journal.append("paused", round=round_, need=need, absent=reasons)
         return True
 
     # --- questions and replies ----------------------------------------------------------------------------------------
@@ -424,7 +428,7 @@ class Exchange:
         if reply.metadata.src_node_id != node:
             self._stranger(f"a reply to {site}'s question came from another node")
             return
-        self._look_at_members()
+        self.look_at_members()
         if self.is_member(site):
             round_state.late(site, question.round, reply)
 
@@ -440,7 +444,7 @@ class Exchange:
         if away:
             round_state.gone.add(site)
             round_state.answered.add(site)
-        self._look_at_members()  # revoked since the last look: what arrives now does not count any more
+        self.look_at_members()  # revoked since the last look: what arrives now does not count any more
         if away or not self.is_member(site) or self._lacks_model(question, reply):
             return None
         if not self.patient or not reply.has_error():

@@ -31,6 +31,11 @@ class Membership:
         members = read_members(self.folder / "members.json")
         return {site: member for site, member in members.items() if member.active}
 
+    def suspended(self) -> set[str]:
+        """Members whom some run has suspended, and nobody has lifted."""
+        members = read_members(self.folder / "members.json")
+        return {site for site, member in members.items() if member.status == "suspended"}
+
     def suspend(self, site: str, **fields: Any) -> None:
         """Shut a member out until the coordinator lifts it (`medsegfed lift`); done again for the same cause, nothing.
 

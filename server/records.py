@@ -44,9 +44,18 @@ def told_scores(scores: Scores) -> dict[str, Any]:
 
 
 def missing_reasons(
-    rejected: Mapping[str, str], absent: Sequence[str], suspended: Sequence[str], asked: set[str], seconds: float
+    rejected: Mapping[str, str],
+    absent: Sequence[str],
+    suspended: Sequence[str],
+    asked: set[str],
+    seconds: float,
+    lift: str = "",
 ) -> list[str]:
-    """Why sites are missing from a round, a line each."""
+    """Why sites are missing from a round, a line each.
+
+    Args:
+        lift: the command that lets a suspended site take part again, without its name; empty where there is none.
+    """
     reasons = [f"{site} was rejected ({reason})" for site, reason in sorted(rejected.items())]
     reasons += [
         f"{site} did not answer within {seconds:g} s"
@@ -54,4 +63,4 @@ def missing_reasons(
         else f"{site} did not introduce itself, its own log says why"
         for site in absent
     ]
-    return reasons + [f"{site} is suspended" for site in suspended]
+    return reasons + [f"{site} is suspended{f' ({lift} {site})' if lift else ''}" for site in suspended]

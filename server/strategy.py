@@ -169,8 +169,9 @@ class FederatedAveraging(Strategy):
         patience = self.plan.absence_seconds
         late = self._take_late if self.exchange.carries else None
         self.exchange.beside_bytes = self._control_bytes
+        need = partial(self._required, round_)
         return self.exchange.ask(
-            kind, round_, records, self._model_hash, self._enough, patience, self._who, self._is_full, late
+            kind, round_, records, self._model_hash, self._enough, patience, self._who, self._is_full, late, need
         )
 
     def _who(self, gone: Collection[str] = ()) -> Collection[str]:
@@ -232,10 +233,17 @@ class FederatedAveraging(Strategy):
         return max(least, min(self.plan.sample_size, counting))
 
     def _found_out(self, round_: int) -> int:
-        """Sites left out for what they sent, now or (in a simulation) before: they are of the rule's f."""
-        before = self.journal.last("round", round=round_)
-        rejected = self._rejected if before is None else before["rejected"]
-        return len(rejected) + len(suspended_in(self.committed.record))
+        """How many sites are left out for what they sent, now or before: they are of the rule's f."""
+        if (before := self.journal.last("round", round=round_)) is not None:
+            return len({*before["rejected"], *suspended_in(before)})
+        return len({*self._rejected, *self._still_out()})
+
+    def _still_out(self) -> set[str]:
+        """Whom this run has suspended; in a federation, of them who has not been lifted since."""
+        known = set(suspended_in(self.committed.record))
+        if self.membership is None or self.exchange is None:
+            return known
+        return {site for site in known if not self.exchange.is_member(site)}
 
     # --- Flower's interface -------------------------------------------------------------------------------------------
 
@@ -296,7 +304,7 @@ class FederatedAveraging(Strategy):
             received += size
         rejected |= {site: reason for site, reason in self.late.rejected.items() if site not in accepted}
         working = sorted(self.exchange.working(round_)) if self.exchange is not None else []
-        out = {*suspended_in(self.committed.record), *working}
+        out = {*self._still_out(), *working}
         asked = self.plan.roster if self.plan.sample is None else self._chosen
         absent = [site for site in asked if site not in {*accepted, *rejected, *out}]
         drawn = self._drawn(absent)
@@ -489,8 +497,8 @@ class FederatedAveraging(Strategy):
                 f"was damaged, it comes out as {record['model_hash'][:12]}, and later rounds stand on the first. "
                 "Restore the run's checkpoints from a backup, or start a new run."
             )
-        most, simulated = self.plan.screening.strikes, self.membership is None
-        record |= strikes_record(self.committed.record, accepted, rejected, most, simulated, before)
+        most, out = self.plan.screening.strikes, self._still_out()
+        record |= strikes_record(self.committed.record, accepted, rejected, most, out, before)
         checkpoint = Checkpoint(self.plan.run_id, round_, weights, record, state)
         self.store.save(checkpoint)
         self.committed = checkpoint.told
@@ -521,8 +529,10 @@ class FederatedAveraging(Strategy):
     def _suspend(self) -> None:
         record = self.committed.record
         suspend_sites(record, self.plan.run_id, self.plan.screening.strikes, self.journal, self.membership)
-        if self.exchange is not None:
+        if self.exchange is not None and self.membership is None:
             self.exchange.suspended = set(suspended_in(record))
+        elif self.exchange is not None and record.get("suspends"):
+            self.exchange.look_at_members()
 
     def _note_commit(self, record: dict[str, Any]) -> None:
         assert self.membership is not None
@@ -544,12 +554,17 @@ class FederatedAveraging(Strategy):
         self, round_: int, accepted: dict[str, Any], rejected: dict[str, str], absent: list[str]
     ) -> UserError:
         asked = set(self.exchange.sites.values()) if self.exchange is not None else set()
-        reasons = missing_reasons(
-            rejected, absent, suspended_in(self.committed.record), asked, self.plan.deadline_seconds
-        )
+        lift = "" if self.membership is None else "medsegfed lift"
+        out = self._still_out() | (self.membership.suspended() if self.membership is not None else set())
+        suspended = [site for site in self.plan.roster if site in out and site not in rejected]
+        away = [site for site in absent if site not in out]
+        reasons = missing_reasons(rejected, away, suspended, asked, self.plan.deadline_seconds, lift)
         self.journal.append("below_quorum", round=round_, accepted=sorted(accepted), rejected=rejected, absent=absent)
+        need, least = self._required(round_), self.plan.strategy.least_updates(self._found_out(round_))
+        by_rule = need == least and least > (self.plan.quorum or 1)
+        what = f"the rule {self.plan.strategy.rule} needs" if by_rule else "the quorum is"
         return UserError(
             f"round {round_}: {len(accepted)} of {len(self._chosen or self.plan.roster)} sites gave a usable update, "
-            f"the quorum is {self._required(round_)}: {'; '.join(reasons)}. Rounds up to {round_ - 1} are kept. "
-            f"Mend the sites and go on with {self._again}, or lower run.quorum."
+            f"{what} {need}: {'; '.join(reasons)}. Rounds up to {round_ - 1} are kept. "
+            f"Mend the sites and go on with {self._again}{'' if by_rule else ', or lower run.quorum'}."
         )

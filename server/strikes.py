@@ -31,8 +31,8 @@ def strikes_after(before: Record, accepted: Collection[str], rejected: Collectio
 
 
 def suspended_in(record: Record) -> list[str]:
-    """Who is suspended in a simulation; in a federation the register says who is a member."""
-    return list(record.get("suspended", []))
+    """Whom a run has suspended; in a federation, where the register says who is a member, some may be lifted since."""
+    return sorted({*record.get("suspended", []), *record.get("suspends", [])})
 
 
 def strikes_record(
@@ -40,15 +40,16 @@ def strikes_record(
     accepted: Collection[str],
     rejected: Collection[str],
     most: int,
-    simulated: bool,
+    out: Collection[str],
     earlier: Event | None = None,
 ) -> dict[str, Any]:
-    """What a round's record says of rejections: those in a row (`strikes`), whom the round suspends (`suspends`), and,
-    in a simulation, who is suspended from now on (`suspended`). Keys without anything to say are left out.
+    """What a round's record says of rejections: those in a row (`strikes`), whom the round suspends (`suspends`), and
+    whom the run has out from now on (`suspended`). Keys without anything to say are left out.
 
     Args:
         before: record of the round before.
         most: rejections in a row that suspend a site; its count begins anew then.
+        out: whom the run suspended earlier and nobody has lifted.
         earlier: the round as it was committed before, if it is repeated: it was without the sites it had rejected, so
             it strikes as it did.
     """
@@ -59,7 +60,7 @@ def strikes_record(
     found = {
         "strikes": {site: count for site, count in strikes.items() if site not in new},
         "suspends": new,
-        "suspended": sorted({*suspended_in(before), *new}) if simulated else [],
+        "suspended": sorted({*out, *new}),
     }
     return {key: value for key, value in found.items() if value}
 

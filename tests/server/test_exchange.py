@@ -148,6 +148,9 @@ class Members:
     def active(self) -> dict[str, Any]:
         return {site: SimpleNamespace(signing_key=None) for site in self.sites}
 
+    def suspended(self) -> set[str]:
+        return set()
+
     def has(self, event: str, **fields: Any) -> bool:
         return any({"event": event, **fields}.items() <= note.items() for note in self.notes)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from server.journal import Journal
 from server.members import edit_members, read_members
 from server.membership import Membership
-from server.strikes import strikes_after, strikes_record, suspend_sites
+from server.strikes import strikes_after, strikes_record, suspend_sites, suspended_in
 from tests.server.test_members import member
 
 ROUNDS = st.lists(st.dictionaries(st.sampled_from("abc"), st.booleans()), max_size=12)  # site -> accepted?
@@ -35,14 +35,15 @@ def test_a_count_is_the_rejections_since_the_last_accepted_update(rounds) -> Non
 
 
 def test_a_suspension_takes_the_place_of_the_count() -> None:
-    """After the third: in a simulation the site stays out; in a federation its count begins anew when it is lifted."""
-    before = {"strikes": {"a": 2, "b": 1}, "suspended": ["c"]}
-    assert strikes_record(before, [], ["a", "b"], 3, simulated=True) == {
-        "strikes": {"b": 2}, "suspends": ["a"], "suspended": ["a", "c"]
-    }  # fmt: skip
-    assert strikes_record(before, ["b"], ["a"], 3, simulated=False) == {"suspends": ["a"]}
-    assert strikes_record({}, ["a"], [], 3, simulated=True) == {}
-    assert strikes_record({}, ["a"], [], 3, True, earlier={"round": 2, "strikes": {"b": 1}}) == {"strikes": {"b": 1}}
+    """After the third: the site is out with those that were and are; its count begins anew when it is lifted."""
+    before = {"strikes": {"a": 2, "b": 1}, "suspended": ["c", "d"]}
+    found = strikes_record(before, [], ["a", "b"], 3, out=["c"])
+    assert found == {"strikes": {"b": 2}, "suspends": ["a"], "suspended": ["a", "c"]}
+    assert suspended_in(found) == ["a", "c"]
+    assert suspended_in({"suspends": ["a"]}) == ["a"]  # as a federation's rounds were told once
+    assert strikes_record(before, ["b"], ["a"], 3, out=[]) == {"suspends": ["a"], "suspended": ["a"]}
+    assert strikes_record({}, ["a"], [], 3, out=[]) == {}
+    assert strikes_record({}, ["a"], [], 3, ["c"], earlier={"round": 2, "strikes": {"b": 1}}) == {"strikes": {"b": 1}}
 
 
 def test_the_register_is_changed_once_and_told_once(tmp_path: Path) -> None:

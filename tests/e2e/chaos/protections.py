@@ -272,7 +272,7 @@ PROTECTIONS = (
         "site revoked mid-round",
         "members are looked at again when an answer comes",
         "server/exchange.py",
-        "self._look_at_members()  # revoked since the last look: what arrives now does not count any more",
+        "self.look_at_members()  # revoked since the last look: what arrives now does not count any more",
         "pass",
         ("tests/server/test_exchange.py::test_a_revoked_site_leaves_within_the_round",),
     ),
