@@ -20,7 +20,7 @@ from client.contract import Assignment, Presence, Scores, TrainTask, Update
 from client.keys import SiteKeys
 from client.outbox import Outbox
 from client.policy import SPARE_TRAININGS, check_policy
-from client.privacy.account import is_head
+from client.privacy.account import ANCHOR, is_head
 from client.privacy.ledger import Ledger
 from client.private_training import Terms, forecast, open_ledger, terms_of
 from client.refusal import Refusal
@@ -182,8 +182,9 @@ class Guard:
         except Refusal as refusal:
             self._tell_refusal(refusal, presence.run, task, None)
             raise
-        self._note("introduced", presence.run, task, **fields, epsilon_planned=planned)
-        return replace(presence, application=self.application, ledger_anchor=self.keys.anchor(ledger.head))
+        told = ledger.head  # noted: a ledger that is recovered from the audit log has to know it
+        self._note("introduced", presence.run, task, **fields, epsilon_planned=planned, **{ANCHOR: told})
+        return replace(presence, application=self.application, ledger_anchor=self.keys.anchor(told))
 
     def _check_remembered(self, ledger: Ledger, remembered: str) -> None:
         """The head that the server remembers must be one of this ledger's, or of one that was written off."""
@@ -192,7 +193,12 @@ class Guard:
         account = ledger.account()
         if remembered not in {self.keys.anchor(head) for head in {*account.heads, GENESIS}} | account.anchors:
             # The server's word stands in a command that a person may copy: digits, or not at all.
-            told = f"medsegfed ledger write-off --anchor {remembered}" if is_head(remembered) else "ask the coordinator"
+            told = (
+                f"medsegfed ledger write-off --anchor {remembered}, with the highest --epsilon and --delta that "
+                "site.yaml ever had."
+                if is_head(remembered)
+                else "ask the coordinator."
+            )
             raise Refusal(
                 "ledger-rolled-back",
                 f"{ledger.path}: the server remembers a state of this ledger that is none of its lines: the ledger was "

@@ -97,14 +97,15 @@ def ledger_show(
 def ledger_verify(
     site: SiteOption = Path(),
     anchor: Annotated[
-        str | None, typer.Option(help="A head noted elsewhere, for example at the server: it must be in the chain.")
+        str | None,
+        typer.Option(help="A head noted elsewhere, such as on paper, in 64 digits: it must be in the chain."),
     ] = None,
 ) -> None:
     """Whether the ledger is whole and no older copy: every line, and every head that the audit log noted.
 
     Exit code 0: it is. 1: it is not, and nothing is trained with privacy at this site.
 
-    Example: medsegfed ledger verify --site st-mary --anchor 9f31...
+    Example: medsegfed ledger verify --site st-mary
     """
     from deploy.privacy_report import verify_lines
 
@@ -118,7 +119,7 @@ def ledger_verify(
 def ledger_recover(site: SiteOption = Path()) -> None:
     """After a lost, damaged or restored ledger: write into it what the audit log knows and it lacks.
 
-    Every reservation that the audit log noted counts again, in full. A damaged ledger is moved aside, as evidence.
+    Every reservation that the audit log noted counts again, in full. Of a damaged ledger a copy is kept, as evidence.
 
     Example: medsegfed ledger recover --site st-mary
     """

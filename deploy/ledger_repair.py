@@ -6,12 +6,10 @@ from pathlib import Path
 
 from client.privacy.account import Ceiling, ledger_path
 from client.privacy.recovery import Recovery, recover, write_off
-from client.site import SiteConfig
 from deploy.joining import SITE_CONFIG
-from deploy.privacy_report import check_site, open_account
+from deploy.privacy_report import ceiling_of, check_site, open_account
 from medsegdiff.chained_log import AUDIT_LOG
 from medsegdiff.errors import UserError
-from medsegdiff.strict import read_config
 
 
 def recover_ledger(site: Path) -> list[str]:
@@ -19,10 +17,10 @@ def recover_ledger(site: Path) -> list[str]:
     ceiling = _ceiling(site)
     done = recover(ledger_path(site), ceiling, site / AUDIT_LOG)
     if not done.heads and not done.moved:
-        return ["Nothing to recover: the ledger holds every head that the audit log noted."]
+        return ["Nothing to recover: the ledger holds every line that the audit log noted."]
     return [
         *_moved(done),
-        f"recovered  {done.reservations:,} reservations, each in full; {done.heads:,} lost heads are accounted for",
+        f"recovered  {done.reservations:,} reservations, each in full; {done.heads:,} lost lines are accounted for",
         *_standing(site, ceiling),
     ]
 
@@ -36,14 +34,14 @@ def write_off_ledger(site: Path, epsilon: float, delta: float, anchors: list[str
 
 def _ceiling(site: Path) -> Ceiling:
     check_site(site)
-    privacy = read_config(site / SITE_CONFIG, SiteConfig).privacy
-    if privacy is None:
+    ceiling = ceiling_of(site)
+    if ceiling is None:
         raise UserError(f"{site / SITE_CONFIG}: has no privacy section, whose epsilon and delta are the site's limit.")
-    return Ceiling(privacy.mechanism.epsilon, privacy.mechanism.delta)
+    return ceiling
 
 
 def _moved(done: Recovery) -> list[str]:
-    return [f"moved aside  {file.name}: not as it was written; keep it as evidence" for file in done.moved]
+    return [f"kept       {file.name}: a copy; it was not as it was written; keep it as evidence" for file in done.moved]
 
 
 def _standing(site: Path, ceiling: Ceiling) -> list[str]:

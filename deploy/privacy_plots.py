@@ -61,7 +61,7 @@ def plot_ledger(account: Account, file: Path) -> None:
             axes.plot(*zip(*points, strict=True), ls="", ms=4, marker=marker, color=colour, label=shortened(run))
         _limit_line(axes, limit, "ceiling")
         if account.written_off is not None:
-            _write_off_line(axes, account.past + 0.5, account.written_off.epsilon)
+            _write_off_line(axes, len(account.entries) - len(account.counted) + 0.5, account.written_off.epsilon)
         axes.set(xlabel="reservation", ylabel="epsilon after it", xlim=(0, None), ylim=(0, 1.12 * max(limit, *values)))
         # Beside the axes: inside them a short ledger's points lie anywhere, and its marks look like some of them.
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, borderaxespad=0)
@@ -82,6 +82,7 @@ def _write_off_line(axes: Axes, after: float, epsilon: float) -> None:
     axes.annotate(
         f"all before written off as {epsilon:g}", (after, 0), xycoords=("data", "axes fraction"), xytext=(-3, 4),
         textcoords="offset points", fontsize=9, color=INK, rotation=90, ha="right", va="bottom",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
     )  # fmt: skip
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from client.privacy.account import Account, Spent, check_noted, ledger_path, spent
+from client.privacy.account import Account, Ceiling, Spent, check_noted, ledger_path, spent
 from client.privacy.accounting import Epsilon
 from client.privacy.planning import Plan
+from client.site import SiteConfig
 from deploy.joining import SITE_CONFIG
 from medsegdiff.chained_log import AUDIT_LOG
 from medsegdiff.errors import UserError
+from medsegdiff.strict import read_config
 
 ROWS = 40  # of the table, unless all are asked for
 
@@ -60,7 +63,7 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def open_account(site: Path, anchor: str | None = None) -> tuple[Account, Spent | None]:
-    """A site's ledger, verified against the audit log, and what is spent; None while nothing is.
+    """A site's ledger, verified against the audit log, and what is spent at site.yaml's delta; None while nothing is.
 
     Raises:
         UserError: the folder is no site's, or the ledger is not sound.
@@ -69,7 +72,17 @@ def open_account(site: Path, anchor: str | None = None) -> tuple[Account, Spent 
     account = check_noted(ledger_path(site), site / AUDIT_LOG, anchor)
     if account.ceiling is None:
         return account, None
+    ceiling = ceiling_of(site)
+    if ceiling is not None:  # a run may have asked for a tighter one, and the ledger has not seen a new one yet
+        account = replace(account, ceiling=ceiling)
+    assert account.ceiling is not None
     return account, spent(account, account.ceiling.delta)
+
+
+def ceiling_of(site: Path) -> Ceiling | None:
+    """The limit in site.yaml's privacy section, None where it has none. Raises UserError: it cannot be read."""
+    privacy = read_config(site / SITE_CONFIG, SiteConfig).privacy
+    return Ceiling(privacy.mechanism.epsilon, privacy.mechanism.delta) if privacy is not None else None
 
 
 def verify_lines(site: Path, anchor: str | None = None) -> tuple[bool, list[str]]:

@@ -12,10 +12,10 @@ never knows more than the log holds, and a log that is shorter than its head fil
 bytes behind the committed ones. The next append mends that:
 
 - one whole line that continues the chain: the kill came before the head file was renamed; the line is kept;
-- anything else, up to a line's length: the kill came within the write; the bytes are cut off, and an event
-  `log_mended` with their number tells so;
-- more than one line: no kill leaves that (an append begins only when the head file knows all lines), an older head
-  file was put back; nothing is mended or appended.
+- anything else, up to a line's length and with no whole line in it: the kill came within the write; the bytes are cut
+  off, and an event `log_mended` with their number tells so;
+- another whole line, or more than one: no kill leaves that (an append begins only when the head file knows all lines),
+  an older head file was put back; nothing is mended or appended.
 
 Until then `verify_log` reports the tail as a fault, for it cannot tell a kill from an addition by hand.
 
@@ -47,6 +47,10 @@ MAX_LINE = 65_536  # bytes of a line: what a killed append may leave, and what a
 _TAIL = len(',"hash":""}') + 64
 _RESERVED = frozenset({"n", "time", "event", "prev", "hash"})
 _HEX = re.compile(r"[0-9a-f]{64}")
+
+
+class LogDamaged(UserError):
+    """A log that is not as it was written, or whose head file is not."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,13 @@ class ChainedLog:
         """
         _check_names(fields)
         with _open(self.path) as descriptor:
-            head = _mend(self.path, descriptor, _committed(self.path, descriptor))
+            head = _ready(self.path, descriptor)
             return _add(self.path, descriptor, head, event, fields).head
+
+    def check(self) -> None:
+        """Whether an entry could be added; what a killed append left is mended. Raises UserError as `append`."""
+        with _open(self.path) as descriptor:
+            _ready(self.path, descriptor)
 
     @contextmanager
     def held(self) -> Iterator[HeldLog]:
@@ -107,7 +116,7 @@ class ChainedLog:
             UserError: as `append`.
         """
         with _open(self.path) as descriptor:
-            yield HeldLog(self.path, descriptor, _mend(self.path, descriptor, _committed(self.path, descriptor)))
+            yield HeldLog(self.path, descriptor, _ready(self.path, descriptor))
 
 
 class HeldLog:
@@ -119,6 +128,11 @@ class HeldLog:
     @property
     def head(self) -> str:
         return self._head.head
+
+    @property
+    def length(self) -> int:
+        """Number of lines."""
+        return self._head.count
 
     def entries(self) -> list[dict[str, Any]]:
         """All entries, each line verified. Raises UserError as `verify_log`."""
@@ -238,7 +252,7 @@ class _Walk:
                 anchored = anchored or self.seen.head == anchor
             self._check_end(path, committed, size, handle.read(MAX_LINE + 1))
         if not anchored:
-            raise UserError(
+            raise LogDamaged(
                 f"{path}: the head {anchor} that was noted elsewhere occurs in none of the {self.seen.lines:,} lines: "
                 "log and head file were replaced together, or older copies of both put back. Keep both files as "
                 "evidence and ask who had access."
@@ -261,12 +275,12 @@ class _Walk:
     def _check_end(self, path: Path, committed: _Head, size: int, rest: bytes) -> None:
         if self.seen.lines < committed.count:
             missing = committed.count - self.seen.lines
-            raise UserError(
+            raise LogDamaged(
                 f"{path}: the head file knows {committed.count:,} lines, the log holds {self.seen.lines:,}: the last "
                 f"{missing:,} were removed. Keep both files as evidence; restore the log from a backup."
             )
         if self.seen.head != committed.head or size != committed.bytes:
-            raise UserError(
+            raise LogDamaged(
                 f"{path}: its {self.seen.lines:,} lines hold together, but the head file names another end: one of the "
                 "two was changed or put back. Keep both as evidence."
             )
@@ -274,7 +288,7 @@ class _Walk:
             if (line := _left_line(path, rest, committed)) is not None:
                 self._take(path, line, committed)
         elif rest:
-            raise UserError(
+            raise LogDamaged(
                 f"{path}: line {self.seen.lines + 1:,} and what follows ({_size(rest)} bytes) are not known to the "
                 "head file: an append was killed, which the next one mends, or they were added by hand."
             )
@@ -333,8 +347,8 @@ def _entry(line: bytes) -> dict[str, Any]:
     raise ValueError("it is no entry of such a log")
 
 
-def _fault(path: Path, number: int, what: str) -> UserError:
-    return UserError(
+def _fault(path: Path, number: int, what: str) -> LogDamaged:
+    return LogDamaged(
         f"{path}: line {number:,} is not as it was written: {what}. Keep log and head file as evidence; restore them "
         "from a backup."
     )
@@ -368,7 +382,7 @@ def _read_head(path: Path) -> _Head | None:
         if raw != _head_bytes(head) or not _HEX.fullmatch(head.head) or min(head.count, head.bytes) < 0:
             raise ValueError("not as it is written")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(
+        raise LogDamaged(
             f"{_head_path(path)}: is not as it was written; it was changed from outside, so it cannot be told whether "
             "the log is whole. Keep both files as evidence; restore them from a backup."
         ) from error
@@ -383,8 +397,8 @@ def _write_head(path: Path, head: _Head) -> None:
     write_atomic(_head_path(path), _head_bytes(head), mode=0o600)
 
 
-def _headless(path: Path) -> UserError:
-    return UserError(
+def _headless(path: Path) -> LogDamaged:
+    return LogDamaged(
         f"{_head_path(path)}: the head file is missing, so it cannot be told whether lines were cut off the log's end. "
         "Restore it from a backup; to begin anew, move the log to where it is kept as evidence."
     )
@@ -393,23 +407,37 @@ def _headless(path: Path) -> UserError:
 @contextmanager
 def _open(path: Path) -> Iterator[int]:
     """The log's descriptor, for this process and thread alone until the block ends."""
+    while True:
+        descriptor = _opened(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(path, descriptor):  # else another file was put in its place while this one waited
+                yield descriptor
+                return
+        finally:
+            os.close(descriptor)  # and with it the lock
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _opened(path: Path) -> int:
     head = _read_head(path)
     flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if head is None or head.count == 0 else 0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, flags, 0o600)
+        return os.open(path, flags, 0o600)
     except FileNotFoundError as error:
-        raise UserError(
+        raise LogDamaged(
             f"{path}: the log is gone, and its head file knows {head.count if head else 0:,} lines. Restore it from a "
             "backup; to begin anew, move the head file to where it is kept as evidence."
         ) from error
     except OSError as error:
         raise _refused(path, error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)  # and with it the lock
 
 
 @contextmanager
@@ -418,13 +446,16 @@ def _reading(path: Path, lock: bool = True) -> Iterator[IO[bytes]]:
     try:
         handle = open(path, "rb")  # noqa: SIM115  # closed below; only what opening raises is caught here
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such log. Check the folder.") from error
+        raise LogDamaged(f"{path}: there is no such log. Check the folder.") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from error
     with handle:
-        if lock:
-            fcntl.flock(handle, fcntl.LOCK_SH)
-        yield handle
+        try:
+            if lock:
+                fcntl.flock(handle, fcntl.LOCK_SH)
+            yield handle
+        except OSError as error:  # a folder, or a disk that dies
+            raise UserError(f"{path}: cannot be read ({error.strerror}). Check the disk.") from error
 
 
 def _refused(path: Path, error: OSError) -> UserError:
@@ -435,6 +466,14 @@ def _refused(path: Path, error: OSError) -> UserError:
 
 
 # --- appending --------------------------------------------------------------------------------------------------------
+
+
+def _ready(path: Path, descriptor: int) -> _Head:
+    """What is committed, once a killed append's remains are dealt with."""
+    try:
+        return _mend(path, descriptor, _committed(path, descriptor))
+    except OSError as error:
+        raise _refused(path, error) from error
 
 
 def _committed(path: Path, descriptor: int) -> _Head:
@@ -452,7 +491,7 @@ def _committed(path: Path, descriptor: int) -> _Head:
             _head_path(path), _head_bytes(head)
         )  # before the first line: from now on a log without a head file was tampered with
     if size < head.bytes:
-        raise UserError(
+        raise LogDamaged(
             f"{path}: the head file knows {head.count:,} lines in {head.bytes:,} bytes, the log holds {size:,}: its "
             "end was cut off, and nothing is added to it. Keep both files as evidence, moved elsewhere; a new log "
             "begins then."
@@ -493,11 +532,12 @@ def _left_line(path: Path, rest: bytes, head: _Head) -> bytes | None:
     first, break_, more = rest.partition(b"\n")
     line = first + break_
     follows = bool(break_) and _continues(line, head)
-    if (follows and more) or len(rest) > MAX_LINE:
-        raise UserError(
-            f"{path}: holds more than one line that its head file ({head.count:,} lines) does not know: an older head "
-            "file was put back, or lines were added by hand. Nothing is added. Keep both files as evidence, moved "
-            "elsewhere; a new log begins then."
+    others = (more if follows else rest).splitlines(keepends=True)
+    if (follows and more) or any(map(_is_whole, others)) or len(rest) > MAX_LINE:
+        raise LogDamaged(
+            f"{path}: holds lines that its head file ({head.count:,} lines) does not know, and no kill leaves: an "
+            "older head file was put back, or lines were added by hand. Nothing is added. Keep both files as evidence, "
+            "moved elsewhere; a new log begins then."
         )
     return line if follows else None
 

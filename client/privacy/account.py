@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +21,12 @@ from typing import Any
 
 from client.privacy.accounting import Epsilon, Mechanism, check_delta, epsilon, merged
 from client.privacy.renyi import RenyiFilter
-from medsegdiff.chained_log import GENESIS, audit_lines, verified_entries
+from medsegdiff.chained_log import GENESIS, LogDamaged, audit_lines, verified_entries
 from medsegdiff.errors import UserError
 
 LEDGER = "privacy-ledger.jsonl"
 ANCHOR = "ledger"  # field of an audit entry: head of the ledger at that time
-VERSION = 1
+VERSION = 2
 FILTER_SHARE = 0.05  # of delta, for schedules that change
 _HEAD = re.compile(r"[0-9a-f]{64}")
 PROMISE = {"unit": "patient", "neighbours": "add or remove one"}  # an entry under another promise cannot be added to
@@ -67,6 +68,7 @@ class Entry:
     steps: int  # reserved
     epsilon: float  # with it and all before it, when it was reserved
     time: str  # UTC
+    number: int = 0  # among all lines that count, which the audit log notes with it
     taken: int | None = None  # steps; None: open, and counts in full
     recovered: bool = False  # from the audit log, after its own line was lost
 
@@ -93,14 +95,15 @@ class Account:
     highest: Ceiling | None = None  # of all, epsilon and delta each: no more than that was ever spent
     head: str = GENESIS
     heads: frozenset[str] = frozenset()  # every head it ever had, those of lost lines among them
+    number: int = 0  # the highest of any line
     written_off: Ceiling | None = None  # taken to be spent by all that was before the last write-off
-    past: int = 0  # how many of the entries that covers
+    since: int = 0  # number of that write-off
     anchors: frozenset[str] = frozenset()  # keyed heads that the server remembered, and that a write-off covers
 
     @property
     def counted(self) -> tuple[Entry, ...]:
-        """Those that no write-off covers."""
-        return self.entries[self.past :]
+        """Those that no write-off covers: by number, for a line that was recovered may stand behind it."""
+        return tuple(entry for entry in self.entries if entry.number >= self.since)
 
     @cached_property
     def history(self) -> tuple[Mechanism, ...]:
@@ -184,7 +187,21 @@ def read_account(path: Path) -> Account:
     Raises:
         UserError: it cannot be read, is not as it was written, or is of another version.
     """
-    return account_of(path, verified_entries(path))
+    with with_remedy():
+        lines = verified_entries(path)
+    return account_of(path, lines)
+
+
+@contextmanager
+def with_remedy() -> Iterator[None]:
+    """Say of a damaged ledger what to do, other than with any other log: a new one must not just begin."""
+    try:
+        yield
+    except LogDamaged as error:
+        raise LogDamaged(
+            f"{error} Nothing may be trained. It is a privacy ledger: do not move it out of the way; `medsegfed ledger "
+            "recover` sets it aside and writes it anew from the audit log."
+        ) from error
 
 
 def noted_heads(audit: Path) -> set[str]:
@@ -198,8 +215,14 @@ def check_noted(path: Path, audit: Path, anchor: str | None = None) -> Account:
     Raises:
         UserError: says what is wrong.
     """
+    noted = noted_heads(audit)  # first: what is written in between is in both, or in the ledger alone
+    if anchor is not None:
+        anchor = anchor.strip().lower()
+        if not is_head(anchor):
+            raise UserError(f"{anchor[:80]!r} is no head of a ledger: 64 hexadecimal digits are. Copy it anew.")
+        noted.add(anchor)
     account = read_account(path)
-    check_anchors(path, account, noted_heads(audit) | ({anchor.strip().lower()} if anchor else set()))
+    check_anchors(path, account, noted)
     return account
 
 
@@ -233,40 +256,41 @@ class _Reader:
 
     def take(self, line: dict[str, Any]) -> None:
         """Raises KeyError, TypeError, ValueError or UserError for a line that has no place there."""
-        account = self.account
-        match line["event"]:
-            case "log_mended":
-                pass
-            case "opened" if account.ceiling is None:
+        event = line["event"]
+        if event == "log_mended":
+            return
+        if (event == "opened") == (self.account.ceiling is not None):
+            raise ValueError(f"an event '{str(event)[:40]}' that has no place there")
+        match event:
+            case "opened":
                 _check_version(line)
                 self._allow(Ceiling(line["epsilon"], line["delta"]))
-            case "ceiling" if account.ceiling is not None:
+            case "ceiling":
                 self._allow(Ceiling(line["epsilon"], line["delta"]))
-            case "reserved" if account.ceiling is not None:
-                self._reserve(line)
-            case "recovered" if account.ceiling is not None:
-                self._reserve(line)
-                self.lost.add(_head(line["lost"]))
-            case "head_lost" if account.ceiling is not None:
-                self.lost.add(_head(line["lost"]))
-            case "written_off" if account.ceiling is not None:
-                anchors = account.anchors | {_head(anchor) for anchor in line["anchors"]}
-                gone = Ceiling(line["epsilon"], line["delta"])
-                if "lost" in line:
-                    self.lost.add(_head(line["lost"]))
-                self._set(written_off=gone, past=len(self.entries), anchors=anchors, order=None)
+            case "reserved" | "recovered":
+                self._set(order=self.account.order or _order(line["order"]))
+                self.entries[line["hash"]] = _entry(line)
             case "committed" if self.entries[line["reservation"]].taken is None:
                 opened = self.entries[line["reservation"]]
-                self.entries[opened.id] = replace(opened, taken=_whole(line["steps"]))
-            case event:
+                self.entries[opened.id] = replace(opened, taken=whole(line["steps"]))
+            case "written_off":
+                self._write_off(line)
+            case "head_lost":
+                pass
+            case _:
                 raise ValueError(f"an event '{str(event)[:40]}' that has no place there")
+        self.lost.update(map(_head, line.get("lost", ())))
+        if event != "head_lost" or "number" in line:
+            self._set(number=max(self.account.number, whole(line["number"])))
 
     def _allow(self, ceiling: Ceiling) -> None:
         self._set(ceiling=ceiling, highest=highest(ceiling, self.account.highest))
 
-    def _reserve(self, line: dict[str, Any]) -> None:
-        self._set(order=self.account.order or _order(line["order"]))
-        self.entries[line["hash"]] = _entry(line)
+    def _write_off(self, line: dict[str, Any]) -> None:
+        """Replaces an earlier one, which it must not be smaller than."""
+        gone = highest(Ceiling(line["epsilon"], line["delta"]), self.account.written_off)
+        anchors = self.account.anchors | {_head(anchor) for anchor in line["anchors"]}
+        self._set(written_off=gone, since=whole(line["number"]), anchors=anchors, order=None)
 
     def _set(self, **fields: Any) -> None:
         self.account = replace(self.account, **fields)
@@ -298,12 +322,13 @@ def _entry(line: dict[str, Any]) -> Entry:
     entry = Entry(
         id=line["hash"],
         run=str(line["run"]),
-        round=_whole(line["round"]),
+        round=whole(line["round"]),
         sigma=float(line["sigma"]),
         q=float(line["q"]),
-        steps=_whole(line["steps"]),
+        steps=whole(line["steps"]),
         epsilon=float(line["epsilon"]),
         time=line["time"],
+        number=whole(line["number"]),
         recovered=line["event"] == "recovered",
     )
     if entry.charged.steps < 1:  # `charged` refuses a sigma or q out of range
@@ -328,7 +353,8 @@ def _head(value: Any) -> str:
     return str(value)
 
 
-def _whole(value: Any) -> int:
+def whole(value: Any) -> int:
+    """A whole number from 0 on. Raises ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{value!r} is no whole number")
     return value

@@ -21,18 +21,20 @@ sets are at most the two shares, together delta. Keeping to the frozen schedule 
 
 A ceiling that is raised after results were seen holds as if it had been the higher one from the start.
 
-**What the file cannot prove**: that it is the newest copy. So its head is noted in the site's audit log with every
-entry and should be at the server; `check_anchor` and every reservation refuse a ledger that lacks a noted head.
+**What the file cannot prove**: that it is the newest copy. So every line is noted in the site's audit log
+(`client.privacy.mirror`) and its head should be at the server; `check_anchor` and every reservation refuse a ledger
+that lacks a noted head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from client.privacy.account import (
-    ANCHOR,
     FILTER_SHARE,
     PROMISE,
     VERSION,
@@ -44,8 +46,10 @@ from client.privacy.account import (
     noted_heads,
     read_account,
     spent,
+    with_remedy,
 )
 from client.privacy.accounting import Mechanism
+from client.privacy.mirror import note, note_missing
 from client.privacy.renyi import choose_order
 from client.refusal import Refusal
 from medsegdiff.chained_log import ChainedLog, HeldLog
@@ -58,12 +62,13 @@ class Ledger:
     Any number of processes and threads may use it; a lock of the file puts them one after the other.
 
     Args:
-        audit: the site's audit log. Its notes of this ledger's heads are checked, and every entry adds one.
+        audit: the site's audit log. Its notes of this ledger are checked and completed, and every entry adds one.
     """
 
     def __init__(self, path: Path, ceiling: Ceiling, audit: Path | None = None) -> None:
-        self.path, self.ceiling, self.audit = path, ceiling, audit
-        self._noted: set[str] | None = None  # heads known to have been the ledger's
+        self.path, self.ceiling = path, ceiling
+        self.audit = None if audit is None else ChainedLog(audit)
+        self._seen: set[str] = set()  # heads that this object knows to have been the ledger's
 
     @property
     def head(self) -> str:
@@ -76,8 +81,10 @@ class Ledger:
         Raises:
             UserError: the ledger cannot be read, is not as it was written, is of another version, or was rolled back.
         """
+        known = self._seen | self._noted()  # first: what is written in between is in both, or in the ledger alone
         account = read_account(self.path)
-        self._check_noted(account)
+        check_anchors(self.path, account, known)
+        self._seen.add(account.head)
         return account
 
     def spent(self) -> Spent:
@@ -93,26 +100,22 @@ class Ledger:
 
         Raises:
             Refusal: "budget-spent": the ceiling would be exceeded. No step may be taken then.
-            UserError: nor when the ledger is not sound or the disk refuses. If the audit log refuses the note, the
-                reservation stays open.
+            UserError: nor when ledger or audit log are not sound, or the disk refuses. If it refuses the note in the
+                audit log alone, the reservation stays open.
         """
         if not run or not isinstance(run, str) or len(run) > 200 or isinstance(round, bool) or round < 0:
             raise UserError(f"run {run!r}, round {round!r}: a reservation needs a run's name and a round from 0 on.")
         asked = Mechanism(float(sigma), float(q), steps)
         if steps < 1:
             raise UserError(f"{run}: round {round} reserves {steps} steps; at least 1 is needed.")
-        with ChainedLog(self.path).held() as log:
-            account = self._account_of(log)
-            self._record_ceiling(log, account)
+        with self._held() as (log, account):
+            number = self._record_ceiling(log, account)
             with_order = self._with_order(account, asked.sigma, asked.q)
             after = self._after(with_order, run, round, asked)
             fields = {"run": run, "round": round, "sigma": asked.sigma, "q": asked.q, "steps": steps}
             if account.order is None:
                 fields["order"] = with_order.order
-            reservation = log.append("reserved", **fields, epsilon=after)
-            number = len(account.entries) + 1  # tells an audit log that was begun later than the ledger
-            self._note(log.head, "privacy_reserved", **fields, epsilon=after, number=number)
-        return reservation
+            return self._append(log, "reserved", **fields, epsilon=after, number=number)
 
     def forecast(self, run: str, sigma: float, q: float, steps: int, rounds: int) -> float:
         """Epsilon at the end of a run of `rounds` rounds of `steps` steps each, those that the ledger has included.
@@ -158,15 +161,16 @@ class Ledger:
         """
         if isinstance(steps_taken, bool) or not isinstance(steps_taken, int) or steps_taken < 0:
             raise UserError(f"{steps_taken!r} steps taken: a whole number from 0 on is needed; the reservation stays.")
-        with ChainedLog(self.path).held() as log:
-            account = self._account_of(log)
+        with self._held() as (log, account):
             entry = next((entry for entry in account.entries if entry.id == reservation), None)
             if entry is None or entry.taken is not None:
                 state = "is unknown" if entry is None else "was committed before"
                 raise UserError(f"{self.path}: the reservation {reservation[:12]!r} {state}; nothing was changed.")
-            fields = {"run": entry.run, "round": entry.round, "steps": steps_taken}
-            log.append("committed", **fields, reservation=reservation)
-            self._note(log.head, "privacy_committed", **fields)
+            fields = {"run": entry.run, "round": entry.round, "steps": steps_taken, "reservation": reservation}
+            if steps_taken > entry.steps:
+                beyond = {"beyond": steps_taken - entry.steps, "sigma": entry.sigma, "q": entry.q}
+                fields |= beyond | {"epsilon": entry.epsilon}
+            self._append(log, "committed", **fields, number=account.number + 1)
         if steps_taken > entry.steps:
             raise UserError(
                 f"{entry.run}: round {entry.round} took {steps_taken:,} steps and had reserved {entry.steps:,}: all "
@@ -196,20 +200,32 @@ class Ledger:
         delta = account.delta_left(self.ceiling.delta) * FILTER_SHARE
         return replace(account, order=choose_order(sigma, q, left, delta))
 
-    def _account_of(self, log: HeldLog) -> Account:
-        account = account_of(self.path, log.entries())
-        self._check_noted(account)
-        return account
+    @contextmanager
+    def _held(self) -> Iterator[tuple[HeldLog, Account]]:
+        """The ledger for this process and thread alone, as the audit log and this object know it, and noted there."""
+        if self.audit is not None:
+            self.audit.check()  # before the ledger: a reservation whose note is refused counts, for nothing
+        with ExitStack() as stack:
+            with with_remedy():
+                log = stack.enter_context(ChainedLog(self.path).held())
+                lines = log.entries()
+            noted, account = self._noted(), account_of(self.path, lines)
+            check_anchors(self.path, account, self._seen | noted)
+            self._seen.add(account.head)
+            if self.audit is not None:
+                note_missing(self.audit, lines, noted)
+            yield log, account
 
-    def _record_ceiling(self, log: HeldLog, account: Account) -> None:
+    def _record_ceiling(self, log: HeldLog, account: Account) -> int:
+        """Write the ceiling down where it is another one; returns the number of the line to come."""
         if account.ceiling == self.ceiling:
-            return
-        ceiling = {"epsilon": self.ceiling.epsilon, "delta": self.ceiling.delta}
+            return account.number + 1
+        fields = {"epsilon": self.ceiling.epsilon, "delta": self.ceiling.delta, "number": account.number + 1}
         if account.ceiling is None:
-            log.append("opened", version=VERSION, **PROMISE, **ceiling)
+            self._append(log, "opened", version=VERSION, **PROMISE, **fields)
         else:
-            log.append("ceiling", **ceiling)
-        self._remember(log.head)
+            self._append(log, "ceiling", **fields)
+        return account.number + 2
 
     def _after(self, account: Account, run: str, round_: int, asked: Mechanism) -> float:
         """Epsilon with the reservation. Raises Refusal ("budget-spent") where it is above the ceiling."""
@@ -229,17 +245,13 @@ class Ledger:
             + " fewer steps or more noise, or have the data officer raise the site's privacy ceiling in site.yaml."
         )  # fmt: skip
 
-    def _note(self, head: str, event: str, **fields: Any) -> None:
-        self._remember(head)
+    def _append(self, log: HeldLog, event: str, **fields: Any) -> str:
+        """One line, and its note. Returns its hash."""
+        head = log.append(event, **fields)
+        self._seen.add(head)
         if self.audit is not None:
-            ChainedLog(self.audit).append(event, **fields, **{ANCHOR: head})
+            note(self.audit, event, fields, head)
+        return head
 
-    def _remember(self, head: str) -> None:
-        self._noted = (self._noted or set()) | {head}
-
-    def _check_noted(self, account: Account) -> None:
-        """Refuse a ledger that lacks a head which the audit log, or this process, knows."""
-        if self._noted is None:
-            self._noted = set() if self.audit is None else noted_heads(self.audit)
-        check_anchors(self.path, account, self._noted)
-        self._remember(account.head)
+    def _noted(self) -> set[str]:
+        return set() if self.audit is None else noted_heads(self.audit.path)

@@ -1,19 +1,22 @@
 """A ledger that was lost, damaged or put back to an older copy: what can be known again, and what cannot.
 
-    recover     the audit log notes every reservation with its figures; those that the ledger lacks are written into it
-                anew, each in full
-    write_off   where the audit log lacks them too: all that was ever spent is taken to be what the ceiling allowed
+    recover     what the audit log and the legible lines of a damaged ledger know (`client.privacy.mirror`) is written
+                into the ledger anew, each reservation in full; refused where they know that they do not know all
+    write_off   where it is refused: all that was ever spent is taken to be what the ceiling allowed
 
 Both only ever count more. They are for a person, who says that it was a disk: a program that found a ledger missing and
-went on by itself would be a way to empty it. Neither removes anything; a ledger that is not as it was written is moved
-aside, as evidence.
+went on by itself would be a way to empty it. Neither removes anything: a ledger that is not as it was written stays
+where it is until the new one is whole, and is kept beside it as evidence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import fcntl
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,27 +26,28 @@ from client.privacy.account import (
     FILTER_SHARE,
     PROMISE,
     VERSION,
-    Account,
     Ceiling,
     account_of,
     highest,
     is_head,
     noted_heads,
-    read_account,
 )
-from client.privacy.accounting import Mechanism
+from client.privacy.mirror import Fact, Facts, note, note_missing
 from client.privacy.renyi import choose_order
-from medsegdiff.chained_log import GENESIS, ChainedLog, HeldLog, legible_entries, verified_entries
+from medsegdiff.chained_log import (
+    GENESIS,
+    ChainedLog,
+    HeldLog,
+    LogDamaged,
+    legible_entries,
+    verified_entries,
+)
 from medsegdiff.errors import UserError
 
-_FIGURES = ("run", "round", "sigma", "q", "steps")
-_NOTED_AS = {
-    "reserved": "privacy_reserved",
-    "recovered": "privacy_reserved",
-    "committed": "privacy_committed",
-    "written_off": "privacy_written_off",
-}
+MOST_EPSILON, MOST_DELTA = 1e6, 0.01  # of site.yaml: what is written off must leave room above it
 _MOST_ANCHORS = 100  # of a write-off, whose line has a limit
+_WAY_OUT = "take everything for spent with `medsegfed ledger write-off`"
+Lines = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -51,41 +55,46 @@ class Recovery:
     """What was done."""
 
     reservations: int  # written anew
-    heads: int  # noted ones that the ledger lacked, those of the reservations among them
+    heads: int  # lines that are accounted for again, those of the reservations among them
     moved: tuple[Path, ...]  # files that were set aside
 
 
 def recover(path: Path, ceiling: Ceiling, audit: Path) -> Recovery:
-    """Write into a ledger what the audit log knows and it lacks. Killed half-way, it is to be called again.
+    """Write into a ledger what is known and it lacks. Killed half-way, it is to be called again.
 
     Args:
         path: the ledger, which may be missing, damaged or an older copy.
         ceiling: of the site, for a ledger that has to be begun anew.
 
     Raises:
-        UserError: there is no sound audit log, or it is older than the ledger that was damaged; a file cannot be read
-            or written, or the ledger is of another version.
+        UserError: there is no sound audit log; what is known of the ledger has gaps, or not its end; a file cannot be
+            read or written, or the ledger is of another version. Nothing was changed then.
     """
-    noted = verified_entries(audit)
+    noted = _audited(audit)
     if not noted:
         raise UserError(
             f"{audit}: there is no audit log, so it is not known what was spent. Put its newest copy there; without "
-            "one, `medsegfed ledger write-off` takes everything for spent."
+            f"one, {_WAY_OUT}."
         )
-    damaged = _damaged(path)
-    if damaged is None:
-        _check_begin(audit, noted, read_account(path).heads)
+    lines, damaged = _read(path)
+    facts = _facts(path, lines, noted)
+    _check_known(path, facts, damaged)
+    if damaged:
+        missing, spare = list(facts), facts.spare
     else:
-        legible = [_as_noted(line) for line in damaged if line["event"] in _NOTED_AS]
-        _check_begin(audit, noted, {line[ANCHOR] for line in legible})
-        _check_end(path, noted_heads(audit) | {line["hash"] for line in damaged})
-        noted += legible  # last: where the audit log knows them too, they are in by then
-    moved = () if damaged is None else _set_aside(path)
-    with _opened(path, ceiling) as (log, account):
-        reservations, heads = _replay(path, log, account, noted, ceiling)
-        if heads:
-            ChainedLog(audit).append("privacy_recovered", reservations=reservations, **{ANCHOR: log.head})
-    return Recovery(reservations, heads, moved)
+        held = account_of(path, lines).heads
+        missing = [fact for fact in facts if fact.heads.isdisjoint(held)]
+        spare = facts.spare - held - {GENESIS}
+        if not missing and not spare:
+            return Recovery(0, 0, ())
+
+    def write(log: HeldLog) -> None:
+        _write(log, missing, spare, ceiling)
+
+    moved = _replace(path, write) if damaged else _extend(path, lines, write)
+    done = Recovery(sum(fact.kind == "reserved" for fact in missing), len(missing) + len(spare), moved)
+    _tell(path, audit, "ledger_recovered", reservations=done.reservations)
+    return done
 
 
 def write_off(path: Path, ceiling: Ceiling, audit: Path, spent: Ceiling, anchors: Iterable[str] = ()) -> Recovery:
@@ -96,97 +105,65 @@ def write_off(path: Path, ceiling: Ceiling, audit: Path, spent: Ceiling, anchors
         anchors: what the server remembers of the lost ledger, in 64 hexadecimal digits (`ledger-rolled-back` names it).
 
     Raises:
-        UserError: `spent` is below a ceiling that site.yaml has or the ledger ever had, or an anchor is none; nothing
-            was changed then. A file cannot be read or written, or the ledger is of another version.
+        UserError: `spent` is below what is known to have been allowed or written off, or so high that no
+            ceiling can lie above it; an anchor is none; the audit log is not sound. Nothing was changed then. A file
+            cannot be read or written, or the ledger is of another version.
     """
     given = sorted({anchor.strip().lower() for anchor in anchors})
     if len(given) > _MOST_ANCHORS or not all(map(is_head, given)):
         raise UserError(f"--anchor takes 64 hexadecimal digits, at most {_MOST_ANCHORS} times. Copy it anew.")
-    damaged = _damaged(path)
-    known = [read_account(path).highest] if damaged is None else list(_ceilings(damaged))
-    allowed = highest(ceiling, *known)
+    noted = _audited(audit)
+    lines, damaged = _read(path)
+    facts = _facts(path, lines, noted)
+    allowed = highest(ceiling, *facts.allowed())
     if spent.epsilon < allowed.epsilon or spent.delta < allowed.delta:
         raise UserError(
-            f"epsilon {spent.epsilon:g} at delta {spent.delta:g} is less than was allowed here (epsilon "
+            f"epsilon {spent.epsilon:g} at delta {spent.delta:g} is less than was allowed or written off here (epsilon "
             f"{allowed.epsilon:g} at delta {allowed.delta:g}), so more may have been spent. Write off at least that; "
             "nothing was changed."
         )
-    missing = noted_heads(audit)
-    moved = () if damaged is None else _set_aside(path)
-    with _opened(path, ceiling) as (log, account):
-        missing -= account.heads
+    if spent.epsilon >= MOST_EPSILON or spent.delta >= MOST_DELTA:
+        raise UserError(
+            f"epsilon {spent.epsilon:g} at delta {spent.delta:g}: site.yaml allows epsilon up to {MOST_EPSILON:g} and "
+            f"delta up to {MOST_DELTA:g}, so that nothing could ever be trained beside it. Nothing was changed."
+        )
+    held = set() if damaged else account_of(path, lines).heads
+    missing = facts.heads - held - {GENESIS}
+    fields = {"epsilon": spent.epsilon, "delta": spent.delta, "anchors": given, "number": max(facts.last, 1) + 1}
+    noted_as = secrets.token_hex(32)  # in place of a hash that is not there yet
+
+    def write(log: HeldLog) -> None:
+        if not log.length:
+            _open(log, facts.last, ceiling)
         for head in sorted(missing):
-            log.append("head_lost", lost=head)
-        fields = {"epsilon": spent.epsilon, "delta": spent.delta, "anchors": given}
-        log.append("written_off", **fields)
-        ChainedLog(audit).append("privacy_written_off", **fields, **{ANCHOR: log.head})
+            log.append("head_lost", lost=[head])
+        log.append("written_off", **fields, lost=[noted_as])
+
+    # Noted first: a ledger that is lost right afterwards must not be recovered as if it had been complete.
+    note(ChainedLog(audit), "written_off", fields, noted_as)
+    moved = _replace(path, write) if damaged else _extend(path, lines, write)
+    _tell(path, audit, "ledger_written_off")
     return Recovery(0, len(missing), moved)
 
 
-def _replay(
-    path: Path, log: HeldLog, account: Account, noted: Iterable[dict[str, Any]], ceiling: Ceiling
-) -> tuple[int, int]:
-    """Add what is missing, in the order in which it was noted. Returns how many reservations, and how many heads."""
-    reservations = heads = 0
-    ordered, known = account.order is not None, set(account.heads)
-    # The last reservation of each run and round.
-    reserved: dict[tuple[str, int], dict[str, Any]] = {(e.run, e.round): asdict(e) for e in account.entries}
-    for line in noted:
-        head = line.get(ANCHOR)
-        if not isinstance(head, str):
-            continue
-        try:
-            if line["event"] == "privacy_reserved":
-                reserved[line["run"], line["round"]] = line
-            if head in known:
-                continue
-            heads, known = heads + 1, known | {head}
-            lost = line if line["event"] == "privacy_reserved" else _surplus(line, reserved)
-            if lost is not None:
-                Mechanism(lost["sigma"], lost["q"], lost["steps"])  # refuses what the reader would refuse afterwards
-                fields = {name: lost[name] for name in _FIGURES}
-                if not ordered:
-                    fields["order"] = lost.get("order") or choose_order(
-                        lost["sigma"], lost["q"], ceiling.epsilon, ceiling.delta * FILTER_SHARE
-                    )
-                log.append("recovered", **fields, epsilon=lost["epsilon"], lost=head)
-                reservations, ordered = reservations + 1, True
-            elif line["event"] == "privacy_written_off":
-                gone = {"epsilon": line["epsilon"], "delta": line["delta"], "anchors": line["anchors"]}
-                log.append("written_off", **gone, lost=head)
-                ordered = False
-            else:  # the end of a training, which counts in full as it is; or an earlier recovery
-                log.append("head_lost", lost=head)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path}: entry {line.get('n')} of the audit log is none that this version reads "
-                f"({type(error).__name__}: {error}). Install the version that wrote it, then repeat."
-            ) from error
-    return reservations, heads
+# --- what is known ----------------------------------------------------------------------------------------------------
 
 
-def _surplus(line: dict[str, Any], reserved: Mapping[tuple[str, int], dict[str, Any]]) -> dict[str, Any] | None:
-    """What a training took beyond its reservation, as a reservation of its own; None, as good as always."""
-    if line["event"] != "privacy_committed":
-        return None
-    before = reserved[line["run"], line["round"]]
-    surplus = line["steps"] - before["steps"]
-    return {**before, "steps": surplus} if surplus > 0 else None
+def _audited(audit: Path) -> Lines:
+    """The audit log's entries, every line verified. Raises UserError with a way on."""
+    try:
+        entries = verified_entries(audit)
+        ChainedLog(audit).check()
+    except LogDamaged as error:
+        raise LogDamaged(
+            f"{error} If there is no copy, move {audit.name} and {audit.name}.head to where they are kept as evidence, "
+            f"and {_WAY_OUT}: without the audit log it is not known."
+        ) from error
+    return entries
 
 
-@contextmanager
-def _opened(path: Path, ceiling: Ceiling) -> Iterator[tuple[HeldLog, Account]]:
-    """The ledger for this process alone, begun where there is none."""
-    with ChainedLog(path).held() as log:
-        account = account_of(path, log.entries())
-        if account.ceiling is None:
-            log.append("opened", version=VERSION, **PROMISE, epsilon=ceiling.epsilon, delta=ceiling.delta)
-            account = account_of(path, log.entries())
-        yield log, account
-
-
-def _damaged(path: Path) -> list[dict[str, Any]] | None:
-    """None: the ledger is as it was written, or there is none. Else those of its lines that are legible.
+def _read(path: Path) -> tuple[Lines, bool]:
+    """A ledger's lines and False; of one that is damaged, those that are legible, and True.
 
     Raises:
         UserError: it may be sound, and is only not to be read by this user.
@@ -199,65 +176,143 @@ def _damaged(path: Path) -> list[dict[str, Any]] | None:
                 f"{file}: cannot be read ({error.strerror}). Mend that first; nothing was changed."
             ) from error
     try:
-        verified_entries(path)
-        return None
-    except UserError:
-        return legible_entries(path)
+        return verified_entries(path), False
+    except LogDamaged:
+        return legible_entries(path), True
 
 
-def _as_noted(line: dict[str, Any]) -> dict[str, Any]:
-    """A ledger's line as the audit log would have noted it."""
-    return {**line, "event": _NOTED_AS[line["event"]], ANCHOR: line.get("lost", line["hash"])}
-
-
-def _ceilings(damaged: Iterable[dict[str, Any]]) -> Iterator[Ceiling]:
-    for line in damaged:
-        if line["event"] in ("opened", "ceiling"):
-            yield Ceiling(line["epsilon"], line["delta"])
-
-
-def _check_begin(audit: Path, noted: Iterable[dict[str, Any]], heads: Set[str]) -> None:
-    """Raises UserError for an audit log that was begun later than the ledger, and later than where `heads` end."""
-    first = next((line for line in noted if isinstance(line.get(ANCHOR), str)), None)
-    if first is None or first[ANCHOR] in heads or first["event"] == "privacy_written_off":
-        return
-    if first["event"] != "privacy_reserved" or first.get("number") != 1:
-        raise UserError(
-            f"{audit}: was begun when the ledger was in use already, so it does not know all that was spent. Put the "
-            "whole audit log there, or the newest copy of the ledger; without them, `medsegfed ledger write-off` takes "
-            "everything for spent. Nothing was changed."
-        )
-
-
-def _check_end(path: Path, known: set[str]) -> None:
-    """An audit log that knows the end of a ledger knows all of it: each line is noted right after it is written.
-
-    Raises:
-        UserError: the end is neither noted nor legible: the audit log is an older copy itself. Without a head file to
-            tell the end, nothing speaks against it.
-    """
+def _facts(path: Path, lines: Lines, noted: Lines) -> Facts:
+    """All that is known. Raises UserError for a line or a note of another version."""
+    facts, where = Facts(), str(path)
     try:
-        end = ChainedLog(path).head
-    except UserError:
-        return
-    if end not in known | {GENESIS}:
+        facts.read_ledger(lines)
+        where = f"{path.parent}: the audit log"
+        facts.read_notes(noted)
+    except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(
-            f"{path}: it is damaged, and its last line, {end[:12]}..., is not legible and not in the audit log, which "
-            "is an older copy: what was spent cannot be known. Put the newest copy of either there, or take everything "
-            "for spent with `medsegfed ledger write-off`. Nothing was changed."
+            f"{where} holds a line on privacy that this version does not read ({type(error).__name__}: {error}). "
+            "Install the version that wrote it, then repeat; nothing was changed."
+        ) from error
+    return facts
+
+
+def _check_known(path: Path, facts: Facts, damaged: bool) -> None:
+    """Raises UserError where it shows that not all is known.
+
+    An audit log that knows the last line knows all, for they are noted in order. Without a head file that tells which
+    one is the last, nothing speaks against it but gaps, and the server.
+    """
+    if (gap := facts.gap()) is not None:
+        raise UserError(
+            f"{path}: of its numbers {gap[0]:,} to {gap[1]:,} nothing is known: they are not legible in the ledger, "
+            "and the audit log was put back to an older copy or begun anew. Put the newest copy of either there, or "
+            f"{_WAY_OUT}. Nothing was changed."
+        )
+    end = GENESIS
+    with suppress(LogDamaged):
+        end = ChainedLog(path).head if damaged else GENESIS
+    if end not in facts.heads | {GENESIS} or (not facts.last and (damaged or facts.heads - {GENESIS})):
+        raise UserError(
+            f"{path}: its last line is not legible and not in the audit log, which is an older copy or was begun anew: "
+            f"what was spent cannot be known. Put the newest copy of either there, or {_WAY_OUT}. Nothing was changed."
         )
 
 
-def _set_aside(path: Path) -> tuple[Path, ...]:
-    """Move a ledger and its head file to names of their own. Those names."""
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _open(log: HeldLog, number: int, ceiling: Ceiling, lost: Iterable[str] = ()) -> None:
+    fields = {"epsilon": ceiling.epsilon, "delta": ceiling.delta, "number": max(number, 1)}
+    log.append("opened", version=VERSION, **PROMISE, **fields, lost=sorted(lost))
+
+
+def _write(log: HeldLog, missing: Iterable[Fact], spare: Iterable[str], ceiling: Ceiling) -> None:
+    """Add what is missing, in the order of its numbers."""
+    ordered = bool(log.length) and account_of(log.path, log.entries()).order is not None
+    for fact in missing:
+        own = {"number": fact.number, "lost": sorted(fact.heads)}
+        if not log.length:
+            first = fact.kind == "allowed"
+            _open(log, fact.number if first else fact.number - 1,
+                  Ceiling(fact.fields["epsilon"], fact.fields["delta"]) if first else ceiling,
+                  fact.heads if first else ())  # fmt: skip
+            if first:
+                continue
+        match fact.kind:
+            case "allowed":
+                log.append("ceiling", **fact.fields, **own)
+            case "written_off":
+                log.append("written_off", **fact.fields, **own)
+                ordered = False
+            case "over":
+                log.append("head_lost", **own)
+            case "reserved":
+                fields = dict(fact.fields)
+                order = fields.pop("order", None)
+                if not ordered:
+                    share = ceiling.delta * FILTER_SHARE
+                    fields["order"] = order or choose_order(fields["sigma"], fields["q"], ceiling.epsilon, share)
+                log.append("recovered", **fields, **own)
+                ordered = True
+    for head in sorted(spare):
+        if head != GENESIS:
+            log.append("head_lost", lost=[head])
+
+
+def _extend(path: Path, lines: Lines, write: Callable[[HeldLog], None]) -> tuple[Path, ...]:
+    """Add to a ledger that is sound, or begin it. A kill leaves it so, and what it lacks yet is still in the notes."""
+    with ChainedLog(path).held() as log:
+        if log.head != (lines[-1]["hash"] if lines else GENESIS):
+            raise UserError(f"{path}: is being used. End the site, then repeat; nothing was changed.")
+        write(log)
+    return ()
+
+
+def _replace(path: Path, write: Callable[[HeldLog], None]) -> tuple[Path, ...]:
+    """Put another ledger in the place of a damaged one, of which copies are kept. Their names.
+
+    The damaged one, which may be all that knows a line, stays until the new one is whole. A kill between the two
+    renames leaves the new one beside the old head file: damaged, and every line legible.
+    """
     stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
-    moved = {file: file.with_name(f"{file.name}.damaged-{stamp}") for file in _files(path)}
-    for file, target in moved.items():
-        try:
-            file.rename(target)
-        except OSError as error:
-            raise UserError(f"{file}: cannot be moved to {target.name} ({error.strerror}). Repeat then.") from error
-    return tuple(moved.values())
+    aside = {file: file.with_name(f"{file.name}.damaged-{stamp}") for file in _files(path)}
+    new = path.with_name(f"{path.name}.new")
+    try:
+        with _locked(path):
+            for file in _files(new):
+                file.unlink()  # of a recovery that was killed
+            with ChainedLog(new).held() as log:
+                write(log)
+                account_of(new, log.entries())
+            for file, kept in aside.items():
+                shutil.copy2(file, kept)
+            for file in _files(new):  # the log first
+                file.replace(path.with_name(file.name.replace(new.name, path.name)))
+    except OSError as error:
+        raise UserError(
+            f"{path}: could not be replaced ({error.strerror}: {error.filename}). The damaged one is still there; mend "
+            "that, then repeat."
+        ) from error
+    return tuple(aside.values())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """No process appends to the file, if there is one."""
+    if not path.exists():
+        yield
+        return
+    with open(path, "rb") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _tell(path: Path, audit: Path, event: str, **fields: Any) -> None:
+    """Note what is new, and the ledger's head with what was done."""
+    log = ChainedLog(audit)
+    lines = verified_entries(path)
+    note_missing(log, lines, noted_heads(audit))
+    log.append(event, **fields, **{ANCHOR: lines[-1]["hash"]})
 
 
 def _files(path: Path) -> list[Path]:

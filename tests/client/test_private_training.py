@@ -34,6 +34,7 @@ from client.contract import (
 )
 from client.personalisation import Personalisation
 from client.policy import SPARE_TRAININGS, SitePolicy
+from client.privacy import ledger as ledgers
 from client.privacy.account import Ceiling, ledger_path, read_account
 from client.privacy.engines import PatientLoop
 from client.privacy.ledger import Ledger
@@ -244,6 +245,24 @@ def test_a_lost_ledger_is_recovered_and_the_server_knows_it_again(private_site) 
     site.guard = site.open()
     assert not introduce(site, remembered).has_error()
     assert read_account(ledger_path(site.folder)).history == before.history
+
+
+def test_a_head_that_only_an_introduction_told_is_recovered_too(private_site, monkeypatch) -> None:
+    """A kill left a reservation without its note; the next introduction told its hash; then the ledger was lost."""
+    site = private_site()
+    said(site.train(1), "update", Update)
+    with monkeypatch.context() as patch:
+        patch.setattr(ledgers, "note", lambda *_: (_ for _ in ()).throw(UserError("killed")))
+        book = private_training.open_ledger(site.folder, MECHANISM, True)
+        with pytest.raises(UserError, match="killed"):
+            book.reserve("run-1", 2, MECHANISM.sigma, MECHANISM.q, 2)
+    site.guard = site.open()
+    remembered = said(introduce(site), "presence", Presence).ledger_anchor
+    for path in site.folder.glob("privacy-ledger.jsonl*"):
+        path.unlink()
+    recover_ledger(site.folder)
+    site.guard = site.open()
+    assert not introduce(site, remembered).has_error()
 
 
 def test_what_the_server_remembers_of_a_lost_disk_is_written_off(private_site, caplog) -> None:

@@ -150,6 +150,7 @@ def test_verify_tells_sound_from_edited_and_rolled_back(medsegfed: Run, site: Pa
     newest = Ledger(path, Ceiling(3.0, 1e-5)).head
     assert medsegfed("ledger", "verify", "--site", site, "--anchor", newest.upper())[0] == 0
     assert medsegfed("ledger", "verify", "--site", site, "--anchor", "f" * 64)[0] == 1
+    assert "64 hexadecimal digits" in medsegfed("ledger", "verify", "--site", site, "--anchor", "9f31...")[1]
     kept = path.read_bytes(), head.read_bytes()
     path.write_bytes(kept[0].replace(b'"steps":30', b'"steps":03'))
     code, out, _ = medsegfed("ledger", "verify", "--site", site)
@@ -192,7 +193,7 @@ def test_a_lost_ledger_is_recovered(medsegfed: Run, site: Path) -> None:
     assert found["spent"]["epsilon"] >= before
     assert [entry["state"] for entry in found["entries"]] == ["recovered"] * 4
     ledger_path(site).write_text("x")
-    assert "moved aside" in medsegfed("ledger", "recover", "--site", site)[1]
+    assert "keep it as evidence" in medsegfed("ledger", "recover", "--site", site)[1]
 
 
 def test_everything_is_written_off(medsegfed: Run, site: Path) -> None:
@@ -211,6 +212,38 @@ def test_everything_is_written_off(medsegfed: Run, site: Path) -> None:
     shown = medsegfed("ledger", "show", "--site", site)[1]
     assert "written off" in shown
     assert "epsilon 0.0000" in shown
+
+
+def test_figures_are_at_the_limit_of_site_yaml(medsegfed: Run, site: Path) -> None:
+    """Also where the ledger has not seen the new one: an older copy, whose write-off leaves nothing of its delta."""
+    (site / "site.yaml").write_text(f"name: st-mary\ndata: data\n{PRIVATE}, weight: 20}}\n")
+    path = ledger_path(site)
+    lose(site)
+    assert medsegfed("ledger", "write-off", "--site", site, "--epsilon", 3, "--delta", "1e-5", "--yes")[0] == 0
+    kept = {file: file.read_bytes() for file in site.glob("privacy-ledger.jsonl*")}
+    wide = PRIVATE.replace("epsilon: 3, delta: 1.0e-5", "epsilon: 8, delta: 3.0e-5")
+    (site / "site.yaml").write_text(f"name: st-mary\ndata: data\n{wide}, weight: 20}}\n")
+    Ledger(path, Ceiling(8.0, 3e-5), site / AUDIT_LOG).reserve("third", 1, 6.0, 0.1, 30)
+    before = json.loads(medsegfed("ledger", "show", "--site", site, "--json")[1])
+    assert before["ceiling"] == {"epsilon": 8.0, "delta": 3e-5}
+    assert 3.0 < before["spent"]["epsilon"] < 8.0
+    for file, data in kept.items():
+        file.write_bytes(data)
+    code, out, err = medsegfed("ledger", "recover", "--site", site)
+    assert (code, err) == (0, "")
+    assert f"spent        epsilon {before['spent']['epsilon']:.4f} of 8 at delta 3e-05" in out
+    assert medsegfed("ledger", "verify", "--site", site)[0] == 0
+
+
+def test_a_write_off_shows_in_the_plot(medsegfed: Run, site: Path, tmp_path: Path) -> None:
+    """A line that was not there before."""
+    (site / "site.yaml").write_text(f"name: st-mary\ndata: data\n{PRIVATE}, weight: 20}}\n")
+    files = [tmp_path / "before.png", tmp_path / "after.png"]
+    assert medsegfed("ledger", "show", "--site", site, "--plot", files[0])[0] == 0
+    assert medsegfed("ledger", "write-off", "--site", site, "--epsilon", 3, "--delta", "1e-5", "--yes")[0] == 0
+    assert medsegfed("ledger", "show", "--site", site, "--plot", files[1])[0] == 0
+    dark = [int((pixels(file).sum(axis=2) < 250).sum()) for file in files]
+    assert dark[1] > dark[0] + 200
 
 
 def test_a_site_without_privacy_has_nothing_to_recover(medsegfed: Run, site: Path, tmp_path: Path) -> None:

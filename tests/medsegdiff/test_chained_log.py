@@ -294,7 +294,7 @@ def test_a_report_for_a_person(tmp_path: Path) -> None:
         (lambda log: b"", "its end was cut off"),
         (lambda log: log.replace(b'"round":4', b'"round":5'), "line 5 is not as it was written"),
         (lambda log: log[:-1] + b"x", "line 5 is not as it was written"),
-        (lambda log: log + b"x" * (MAX_LINE + 1), "more than one line"),
+        (lambda log: log + b"x" * (MAX_LINE + 1), "no kill leaves"),
     ],
 )
 def test_nothing_is_added_to_a_log_whose_end_was_changed(sound, put, spoil, match: str) -> None:
@@ -330,9 +330,26 @@ def test_an_older_head_file_does_not_cost_a_line(tmp_path: Path) -> None:
     log.append("more")
     whole = path.read_bytes()
     head_of(path).write_bytes(fourth)
-    with pytest.raises(UserError, match="more than one line"):
+    with pytest.raises(UserError, match="no kill leaves"):
         log.append("x")
     assert path.read_bytes() == whole
+
+
+def test_an_older_head_file_and_a_damaged_line_do_not_cost_those_behind_it(tmp_path: Path) -> None:
+    """No kill leaves whole lines behind torn ones."""
+    path = tmp_path / "a"
+    log = filled(path, 2)
+    second = head_of(path).read_bytes()
+    for _ in range(3):
+        log.append("more")
+    head_of(path).write_bytes(second)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b'"more"', b'"mOre"')
+    path.write_bytes(b"".join(lines))
+    for attempt in (lambda: log.append("x"), lambda: verified_entries(path)):
+        with pytest.raises(UserError, match="no kill leaves"):
+            attempt()
+    assert path.read_bytes() == b"".join(lines)
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------
@@ -611,7 +628,7 @@ def test_verified_entries_read_a_killed_append_as_the_next_one_mends_it(tmp_path
         assert len(verified_entries(path)) == count
         assert path.read_bytes() == before + left
     path.write_bytes(before + both)
-    with pytest.raises(UserError, match="more than one line"):
+    with pytest.raises(UserError, match="no kill leaves"):
         verified_entries(path)
 
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from client.privacy import account as accounts
 from client.privacy import accounting
+from client.privacy import ledger as ledgers
 from client.privacy.account import (
     FILTER_SHARE,
     Ceiling,
@@ -281,7 +283,8 @@ def test_a_rolled_back_pair_is_found_by_its_anchors(tmp_path: Path, quickly: Non
     book.check_anchor(book.head)
     book.check_anchor(GENESIS)
     newest = book.head
-    assert noted_heads(audit) == {middle, newest}
+    assert noted_heads(audit) == set(Ledger(path, CEILING).account().heads)
+    assert {middle, newest} < noted_heads(audit)
     assert check_noted(path, audit, newest).head == newest
     path.write_bytes(old[0])
     head_file(path).write_bytes(old[1])
@@ -322,6 +325,7 @@ def test_torn_tails_never_count_less(kept: Path) -> None:
         ("reserved", {"run": "a", "round": 0, "sigma": 0.1, "q": 0.1, "steps": 5, "epsilon": 1}, "0.1 is outside"),
         ("reserved", {"run": "a", "round": 0, "sigma": 6.0, "q": 0.1, "steps": -5, "epsilon": 0.1}, "no whole number"),
         ("reserved", {"run": "a", "round": 0, "sigma": 6.0, "q": 0.1, "epsilon": 0.1}, "steps"),
+        ("reserved", {"run": "a", "round": 0, "sigma": 6.0, "q": 0.1, "steps": 5, "epsilon": 0.1}, "number"),
         ("committed", {"reservation": "f" * 64, "steps": 1}, "KeyError"),
         ("refunded", {"steps": 100}, "no place there"),
         ("opened", {"version": 1}, "no place there"),
@@ -329,15 +333,18 @@ def test_torn_tails_never_count_less(kept: Path) -> None:
 )  # fmt: skip
 def test_lines_of_another_program_are_refused(kept: Path, event: str, fields: dict, match: str) -> None:
     """In a sound chain: what this version does not know might be spending."""
-    ChainedLog(kept).append(event, **fields)
+    numbered = fields if match == "number" else fields | {"number": 8}
+    ChainedLog(kept).append(event, **numbered)
     refused(kept, match)
 
 
-@pytest.mark.parametrize("opened", [{"version": 2}, {"unit": "slice"}, {"neighbours": "replace one"}, {"delta": 0.5}])
+@pytest.mark.parametrize(
+    "opened", [{"version": 1}, {"version": 3}, {"unit": "slice"}, {"neighbours": "replace one"}, {"delta": 0.5}]
+)
 def test_another_version_or_promise_is_refused(path: Path, opened: dict) -> None:
     """Epsilons of slices and of patients cannot be added."""
-    promise = {"version": 1, "unit": "patient", "neighbours": "add or remove one", "epsilon": 3.0, "delta": 1e-5}
-    ChainedLog(path).append("opened", **(promise | opened))
+    promise = {"version": 2, "unit": "patient", "neighbours": "add or remove one", "epsilon": 3.0, "delta": 1e-5}
+    ChainedLog(path).append("opened", **(promise | opened), number=1)
     refused(path, "Install the version that wrote it")
 
 
@@ -364,13 +371,40 @@ def test_an_unreadable_ledger_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quickly")
-def test_an_audit_log_that_refuses_leaves_the_reservation_open(tmp_path: Path) -> None:
-    """Nothing is trained then, and it counts."""
+def test_an_audit_log_that_refuses_lets_nothing_be_reserved(tmp_path: Path) -> None:
+    """Asked again and again, the site does not spend for nothing."""
     path, audit = ledger_path(tmp_path), tmp_path / "audit.jsonl"
     audit.mkdir()
-    with pytest.raises(UserError):
-        Ledger(path, CEILING, audit).reserve("a", 0, 6.0, 0.1, 5)
-    assert not path.exists() or read_account(path).history in ((), (Mechanism(6.0, 0.1, 5),))
+    for _ in range(3):
+        with pytest.raises(UserError):
+            Ledger(path, CEILING, audit).reserve("a", 0, 6.0, 0.1, 5)
+    assert not path.exists()
+
+
+@pytest.mark.usefixtures("quickly")
+def test_another_process_in_between_is_no_older_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reservation between the reading of the ledger and of its notes."""
+    path, audit = ledger_path(tmp_path), tmp_path / "audit.jsonl"
+    Ledger(path, CEILING, audit).reserve("a", 0, 6.0, 0.1, 5)
+    numbers = iter(range(1, 9))
+
+    def between(read: Callable[..., Any]) -> Callable[..., Any]:
+        def reading(*arguments: object) -> object:
+            found = read(*arguments)
+            monkeypatch.undo()
+            monkeypatch.setattr(accounts, "epsilon", quick)
+            Ledger(path, CEILING, audit).reserve("b", next(numbers), 6.0, 0.1, 5)
+            return found
+
+        return reading
+
+    for module, name in ((ledgers, "read_account"), (ledgers, "noted_heads")):
+        monkeypatch.setattr(module, name, between(getattr(module, name)))
+        Ledger(path, CEILING, audit).account()
+    for name in ("read_account", "noted_heads"):
+        monkeypatch.setattr(accounts, name, between(getattr(accounts, name)))
+        check_noted(path, audit)
+    assert len(read_account(path).entries) == 5
 
 
 # --- against a slow model ---------------------------------------------------------------------------------------------
@@ -559,11 +593,11 @@ def write_long(path: Path, lines: int) -> None:
         head, size = line[-67:-3].decode(), size + len(line)
         return head
 
-    add("opened", version=1, unit="patient", neighbours="add or remove one", epsilon=3.0, delta=1e-5)
-    while len(out) < lines:
-        order = {"order": 12} if len(out) == 1 else {}
-        made = add("reserved", run="a", round=len(out), sigma=6.0, q=0.1, steps=1, epsilon=1.0, **order)
-        if len(out) < lines:
-            add("committed", run="a", round=len(out), steps=1, reservation=made)
+    add("opened", version=2, unit="patient", neighbours="add or remove one", epsilon=3.0, delta=1e-5, number=1)
+    while (number := len(out) + 1) <= lines:
+        order = {"order": 12} if number == 2 else {}
+        made = add("reserved", run="a", round=number, sigma=6.0, q=0.1, steps=1, epsilon=1.0, number=number, **order)
+        if number < lines:
+            add("committed", run="a", round=number, steps=1, reservation=made, number=number + 1)
     path.write_bytes(b"".join(out))
     head_file(path).write_bytes(f'{{"count":{len(out)},"head":"{head}","bytes":{size}}}\n'.encode())

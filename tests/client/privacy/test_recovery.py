@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -23,6 +24,7 @@ from client.privacy.ledger import Ledger
 from client.privacy.recovery import recover, write_off
 from client.privacy.renyi import renyi_epsilon
 from client.refusal import Refusal
+from medsegdiff import chained_log
 from medsegdiff.chained_log import AUDIT_LOG, ChainedLog, audit_lines
 from medsegdiff.errors import UserError
 
@@ -89,11 +91,11 @@ def test_a_lost_ledger_is_written_anew_from_the_audit_log(path: Path) -> None:
     put_back(path, [None, None])
     with pytest.raises(UserError, match="medsegfed ledger recover"):
         book_of(path).reserve("a", 3, 6.0, 0.1, 20)
-    assert recovered(path) == (3, 6, 0)
+    assert recovered(path) == (3, 7, 0)  # the ceiling, and the ends of the trainings, too
     after = check_noted(path, path.with_name(AUDIT_LOG))
     assert (after.history, after.order) == (before.history, before.order)
     assert [entry.state for entry in after.entries] == ["recovered"] * 3
-    assert before.heads - after.heads == {read_head for read_head in before.heads if read_head not in noted(path)}
+    assert before.heads < after.heads
     fresh = book_of(path)
     fresh.commit(fresh.reserve("a", 3, 6.0, 0.1, 20), 20)
     assert fresh.account().history == (Mechanism(6.0, 0.1, 80),)
@@ -196,33 +198,33 @@ def test_what_overran_counts_where_the_audit_log_knows_the_end_alone(path: Path)
     assert read_account(path).history == (Mechanism(6.0, 0.1, 66),)
 
 
-def begin_audit_anew(path: Path) -> None:
-    """As a message of the log advises where its files are damaged: they are moved elsewhere."""
-    for file in files_of(path.with_name(AUDIT_LOG)):
-        file.rename(file.with_name(f"old-{file.name}"))
-
-
 @pytest.mark.parametrize("written_off", [False, True])
-def test_an_audit_log_that_was_begun_later_does_not_know_all(path: Path, written_off: bool) -> None:
-    """Refused, untouched; with a copy of the ledger that reaches into it, nothing is missing."""
+def test_an_audit_log_that_was_begun_later_is_told_all_by_the_next_reservation(path: Path, written_off: bool) -> None:
+    """Before it, of a damaged ledger not all is known: refused, untouched. After it, a lost one is recovered whole."""
     used(path)
     wide = Ceiling(6.0, 2e-5)
     if written_off:
         write_off(path, CEILING, path.with_name(AUDIT_LOG), CEILING)
     begin_audit_anew(path)
-    short = keep(path)
-    book = book_of(path, wide)
-    reservation = book.reserve("b", 1, 6.0, 0.1, 20)
-    kept = keep(path)
-    book.commit(reservation, 20)
-    for copy in ([None, None], short, [b"x", None]):
+    ChainedLog(path.with_name(AUDIT_LOG)).append("introduced")
+    whole = keep(path)
+    assert whole[0] is not None
+    spoiled = [
+        whole[0].replace(b'"event":"committed"', b'"event":"comnitted"').replace(b'"anchors"', b'"anchXrs"'),
+        None,
+    ]
+    for copy in (spoiled, [b"x", None], [b"x", whole[1]]):
         put_back(path, copy)
-        with pytest.raises(UserError, match="begun when the ledger was in use"):
+        with pytest.raises(UserError, match="write-off"):
             recovered(path, wide)
         assert keep(path) == copy
-    put_back(path, kept)
-    assert recovered(path, wide)[0] == 0
-    assert read_account(path).history == (Mechanism(6.0, 0.1, 20 if written_off else 80),)
+    put_back(path, whole)
+    book_of(path, wide).reserve("b", 1, 6.0, 0.1, 20)
+    put_back(path, [None, None])
+    recovered(path, wide)
+    account = check_noted(path, path.with_name(AUDIT_LOG))
+    assert account.history == (Mechanism(6.0, 0.1, 20 if written_off else 80),)
+    assert account.written_off == (CEILING if written_off else None)
 
 
 def test_a_recovered_ledger_that_is_damaged_counts_once(path: Path) -> None:
@@ -270,57 +272,121 @@ def test_lost_twice_it_counts_once(path: Path) -> None:
         assert read_account(path).history == (Mechanism(6.0, 0.1, 60),)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    plan=st.lists(st.sampled_from(["reserve", "half", "full", "keep", "lose", "back", "spoil"]), max_size=24),
-    seed=st.integers(0, 2**16),
-)
+def copies_of(path: Path) -> tuple[list[bytes | None], list[bytes | None]]:
+    return keep(path), keep(path.with_name(AUDIT_LOG))
+
+
+class Disk:
+    """A site's ledger and audit log under all that befalls them, and what was trained all the same."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self.path, self.audit = path, path.with_name(AUDIT_LOG)
+        self.chance = random.Random(seed)
+        self.made: Counter[tuple[str, int]] = Counter()
+        self.taken: dict[int, int] = {}
+        self.ledgers: list[list[bytes | None]] = [[None, None]]
+        self.audits: list[list[bytes | None]] = []
+        self.current = True  # the audit log is no older copy, or was told since what it lacked
+        self.opened: dict[int, str] = {}
+
+    def train(self, number: int, noted: bool = True) -> None:
+        """Reserve; without its note, as after a kill, nothing is trained and the reservation may be forgotten."""
+        before = keep(self.audit)
+        try:
+            reservation = book_of(self.path).reserve("a", number, 6.0, 0.1, 10)
+        except UserError:
+            return
+        self.current = True
+        if noted:
+            self.opened[number] = reservation
+            self.made["a", number] += 1
+            self.taken[number] = 10
+        else:
+            put_back(self.audit, before)
+
+    def end(self, word: str) -> None:
+        which, reservation = self.opened.popitem()
+        try:
+            book_of(self.path).commit(reservation, steps := 5 if word == "half" else 10)
+            self.taken[which] = steps
+        except UserError:  # recovered since: it counts in full
+            pass
+
+    def spoil(self) -> None:
+        file = self.chance.choice(files_of(self.path))
+        if file.exists() and (data := file.read_bytes()):
+            for _ in range(self.chance.randrange(1, 4)):
+                at = self.chance.randrange(len(data))
+                data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+            file.write_bytes(data)
+
+    def recover(self) -> bool:
+        """Whether the ledger is in order then."""
+        before = keep(self.path)
+        try:
+            recovered(self.path)
+        except UserError:
+            assert keep(self.path) == before
+            return False
+        return True
+
+    def sound(self) -> bool:
+        try:
+            book_of(self.path).account()
+        except UserError:
+            return False
+        return True
+
+
+WORDS = ["reserve", "reserve", "killed", "half", "full", "keep", "lose", "back", "spoil", "older audit", "new audit"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=st.lists(st.sampled_from(WORDS), max_size=24), seed=st.integers(0, 2**16))
 def test_whatever_is_lost_never_less_is_counted_than_was_spent(tmp_path_factory, plan: list[str], seed: int) -> None:
-    """Trainings, copies, losses and older copies in any order: afterwards each training counts, none of them twice."""
-    path = ledger_path(tmp_path_factory.mktemp("ledger"))
-    chance = random.Random(seed)
-    made: Counter[tuple[str, int]] = Counter()
-    taken: dict[int, int] = {}
-    copies: list[list[bytes | None]] = [[None, None]]
-    opened: dict[int, str] = {}
+    """Trainings, kills, losses, older copies of ledger and audit log: a sound ledger has each training, and once.
+
+    What nobody on the site's disk can know is left out: a ledger lost, or older, while the audit log is older as well.
+    """
+    disk = Disk(ledger_path(tmp_path_factory.mktemp("ledger")), seed)
     for number, word in enumerate(plan):
         match word:
-            case "reserve":
-                opened[number] = book_of(path).reserve("a", number, 6.0, 0.1, 10)
-                made["a", number] += 1
-                taken[number] = 10
-            case "half" | "full" if opened:
-                which, reservation = opened.popitem()
-                known = {e.id for e in read_account(path).entries if e.taken is None and not e.recovered}
-                if reservation in known:  # a recovered one counts in full as it is
-                    taken[which] = 5 if word == "half" else 10
-                    book_of(path).commit(reservation, taken[which])
+            case "reserve" | "killed":
+                disk.train(number, word == "reserve")
+            case "half" | "full" if disk.opened:
+                disk.end(word)
             case "keep":
-                copies.append(keep(path))
-            case "lose" | "back":
-                put_back(path, copies[0] if word == "lose" else chance.choice(copies))
-                if made:
-                    recovered(path)
-            case "spoil" if path.exists() and (data := path.read_bytes()) and made:
-                at = chance.randrange(len(data))
-                path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-                recovered(path)
-    if not made:
+                disk.ledgers.append(keep(disk.path))
+                disk.audits.append(keep(disk.audit))
+            case "lose" | "back" if disk.current:
+                put_back(disk.path, disk.ledgers[0] if word == "lose" else disk.chance.choice(disk.ledgers))
+            case "spoil":
+                disk.spoil()
+            case "older audit" if disk.audits and disk.sound() and disk.audits[-1][0] is not None:
+                put_back(disk.audit, disk.chance.choice(disk.audits))
+                disk.current = False
+            case "new audit" if disk.made and disk.sound():
+                put_back(disk.audit, [None, None])
+                disk.current = False
+        if not disk.sound() and not disk.recover():
+            return  # said to be unknown: for a person to write off
+    if not disk.made:
         return
-    account = check_noted(path, path.with_name(AUDIT_LOG))
-    assert Counter((e.run, e.round) for e in account.entries) == made
+    account = check_noted(disk.path, disk.audit)
+    counted = Counter((e.run, e.round) for e in account.entries if e.round in disk.taken)
+    assert counted == disk.made
     for entry in account.entries:
-        assert taken[entry.round] <= entry.charged.steps <= 10
+        assert disk.taken.get(entry.round, 0) <= entry.charged.steps <= 10
 
 
-def dying_at(number: int) -> Callable[..., int]:
-    """os.pwrite, whose call of this number kills the process."""
-    write, calls = os.pwrite, itertools.count(1)
+def dying_at(number: int, work: Callable[..., Any] = os.pwrite) -> Callable[..., Any]:
+    """A system call, whose call of this number kills the process."""
+    calls = itertools.count(1)
 
-    def dying(*arguments: Any) -> int:
+    def dying(*arguments: Any, **options: Any) -> Any:
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        return write(*arguments)
+        return work(*arguments, **options)
 
     return dying
 
@@ -339,6 +405,34 @@ def test_killed_half_way_it_is_called_again(path: Path) -> None:
     recovered(path)
     assert rounds_counted(path) == Counter({("a", number, 20): 1 for number in range(6)})
     check_noted(path, path.with_name(AUDIT_LOG))
+
+
+@pytest.mark.parametrize("renames", [False, True])
+def test_killed_half_way_a_damaged_ledger_is_still_there(path: Path, renames: bool) -> None:
+    """Its legible lines are all that knows the third training; SIGKILL at every write, or rename, of the recovery."""
+    used(path, 2)
+    kept = keep(path.with_name(AUDIT_LOG))
+    book = book_of(path)
+    book.commit(book.reserve("a", 2, 6.0, 0.1, 20), 20)
+    put_back(path.with_name(AUDIT_LOG), kept)
+    path.write_bytes(path.read_bytes().replace(b'"opened"', b'"openEd"', 1).replace(b'"steps":20', b'"steps":02', 1))
+    before = copies_of(path)
+    for number in range(1, 24):
+        put_back(path, before[0])
+        put_back(path.with_name(AUDIT_LOG), before[1])
+        child = os.fork()
+        if child == 0:
+            if renames:
+                os.rename = dying_at(number, os.rename)  # type: ignore[assignment]
+                os.replace = dying_at(number, os.replace)  # type: ignore[assignment]
+            else:
+                os.pwrite = dying_at(number)
+            recovered(path)
+            os._exit(0)
+        os.waitpid(child, 0)
+        recovered(path)
+        assert rounds_counted(path) == Counter({("a", which, 20): 1 for which in range(3)})
+        check_noted(path, path.with_name(AUDIT_LOG))
 
 
 # --- the audit log is lost as well ------------------------------------------------------------------------------------
@@ -398,11 +492,11 @@ def test_less_than_was_allowed_cannot_be_written_off(path: Path) -> None:
         (CEILING, Ceiling(3.0, 9e-6)),
         (Ceiling(1.0, 1e-6), Ceiling(2.0, 1e-6)),
     ):
-        with pytest.raises(UserError, match="less than was allowed here"):
+        with pytest.raises(UserError, match="less than was allowed or written off here"):
             write_off(path, ceiling, audit, gone)
     before = lower(path)
     for _ in range(2):  # sound, then damaged: it had 3 once
-        with pytest.raises(UserError, match="less than was allowed here"):
+        with pytest.raises(UserError, match="less than was allowed or written off here"):
             write_off(path, Ceiling(2.0, 1e-6), audit, Ceiling(2.5, 1e-5))
         assert keep(path) == before
         path.write_bytes(path.read_bytes().replace(b'"steps":20', b'"steps":02', 1))
@@ -428,3 +522,166 @@ def test_a_write_off_is_recovered_too(path: Path) -> None:
         assert (after.history, after.written_off, after.anchors) == (before.history, CEILING, frozenset(["a" * 64]))
         assert after.order == before.order
         assert book_of(path, wide).spent() == spent(before, 2e-5)
+
+
+def test_a_write_off_whose_note_failed_is_not_forgotten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged audit log is refused first; moved away, the write-off holds after the ledger is lost once more."""
+    used(path)
+    audit, wide = path.with_name(AUDIT_LOG), Ceiling(9.0, 3e-5)
+    put_back(path, [None, None])
+    audit.with_name(f"{audit.name}.head").unlink()
+    for attempt in (lambda: recovered(path), lambda: write_off(path, CEILING, audit, CEILING)):
+        with pytest.raises(UserError, match=r"If there is no copy, move audit\.jsonl .*write-off"):
+            attempt()
+        assert keep(path) == [None, None]
+    begin_audit_anew(path)
+    write_off(path, CEILING, audit, CEILING)
+    book_of(path, wide).reserve("b", 1, 6.0, 0.1, 20)
+    before = book_of(path, wide).spent()
+    put_back(path, [None, None])
+    recovered(path, wide)
+    assert book_of(path, wide).spent() == before
+    assert before.epsilon > 3.0
+
+
+def begin_audit_anew(path: Path) -> None:
+    """As a message of the log advises where its files are damaged: they are moved elsewhere."""
+    for file in files_of(path.with_name(AUDIT_LOG)):
+        if file.exists():
+            file.rename(file.with_name(f"old-{file.name}"))
+
+
+def test_a_write_off_that_was_killed_is_carried_out_by_the_recovery(path: Path) -> None:
+    """Noted and not yet in the ledger: refused, then recovered as a write-off."""
+    used(path)
+    audit = path.with_name(AUDIT_LOG)
+    for number in range(1, 6):
+        kept = copies_of(path)
+        child = os.fork()
+        if child == 0:
+            os.pwrite = dying_at(number)
+            write_off(path, CEILING, audit, CEILING)
+            os._exit(0)
+        os.waitpid(child, 0)
+        if any(line["event"] == "privacy_written_off" for line in audit_lines(audit)):
+            if read_account(path).written_off is None:
+                with pytest.raises(UserError, match="ledger recover"):
+                    book_of(path).account()
+                recovered(path)
+            account = check_noted(path, audit)
+            assert (account.written_off, account.counted) == (CEILING, ())
+        elif read_account(path).written_off is not None:
+            raise AssertionError("lost now, the ledger would be recovered as if nothing had been written off")
+        put_back(path, kept[0])
+        put_back(audit, kept[1])
+
+
+def test_a_write_off_is_never_replaced_by_a_smaller_one(path: Path) -> None:
+    """Nor one smaller than what a reservation had reached, though the ceiling was lowered and the ledger lost."""
+    high, low = Ceiling(20.0, 2e-5), Ceiling(1.0, 1e-5)
+    audit = path.with_name(AUDIT_LOG)
+    book_of(path, high).reserve("a", 1, 1.0, 0.1, 100)
+    reached = book_of(path, high).spent().epsilon
+    assert reached > 3
+    put_back(path, [None, None])
+
+    def refused(ceiling: Ceiling) -> None:
+        before = copies_of(path)
+        with pytest.raises(UserError, match="less than was allowed or written off here"):
+            write_off(path, low, audit, ceiling)
+        assert copies_of(path) == before
+
+    refused(low)
+    refused(Ceiling(reached, 2e-5))
+    recovered(path, low)
+    refused(low)
+    write_off(path, low, audit, high)
+    refused(Ceiling(8.0, 2e-5))
+    put_back(path, [None, None])
+    refused(Ceiling(8.0, 2e-5))
+    recovered(path, low)
+    assert read_account(path).written_off == high
+    for beyond in (Ceiling(2e6, 2e-5), Ceiling(20.0, 0.05)):
+        with pytest.raises(UserError, match="nothing could ever be trained"):
+            write_off(path, low, audit, beyond)
+
+
+@pytest.mark.parametrize("spoiled", [[0], [1], [2], [1, 2], [0, 1, 2]])
+def test_trainings_that_neither_knows_are_noticed(path: Path, spoiled: list[int]) -> None:
+    """An older audit log, and reservations between that are not legible: refused, not skipped."""
+    used(path, 1)
+    kept = keep(path.with_name(AUDIT_LOG))
+    book = book_of(path)
+    for number in range(1, 5):
+        book.reserve("a", number, 6.0, 0.1, 20)
+    put_back(path.with_name(AUDIT_LOG), kept)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for which in spoiled:
+        lines[3 + which] = lines[3 + which].replace(b'"', b"'", 1)
+    path.write_bytes(b"".join(lines))
+    before = keep(path)
+    with pytest.raises(UserError, match=f"of its numbers {4 + spoiled[0]} to"):
+        recovered(path)
+    assert keep(path) == before
+
+
+def test_an_older_audit_log_is_told_by_the_next_reservation(path: Path) -> None:
+    """Put back while the ledger is whole, which refuses nothing; the ledger is lost later."""
+    used(path, 1)
+    kept = keep(path.with_name(AUDIT_LOG))
+    book_of(path).reserve("a", 1, 6.0, 0.1, 20)
+    put_back(path.with_name(AUDIT_LOG), kept)
+    book_of(path).reserve("a", 2, 6.0, 0.1, 20)
+    put_back(path, [None, None])
+    recovered(path)
+    assert rounds_counted(path) == Counter({("a", number, 20): 1 for number in range(3)})
+
+
+def test_a_write_off_that_the_audit_log_lacks_covers_what_was_before_it_alone(path: Path) -> None:
+    """It is legible in the damaged ledger, and stands before the training that came after it."""
+    used(path)
+    audit, wide = path.with_name(AUDIT_LOG), Ceiling(9.0, 3e-5)
+    kept = keep(audit)
+    write_off(path, CEILING, audit, CEILING)
+    book_of(path, wide).reserve("b", 1, 6.0, 0.1, 20)
+    before = book_of(path, wide).spent()
+    put_back(audit, kept)
+    path.write_bytes(path.read_bytes().replace(b'"opened"', b'"openEd"', 1))
+    recovered(path, wide)
+    assert book_of(path, wide).spent() == before
+
+
+def test_a_damaged_ledger_of_another_version_is_left_alone(path: Path) -> None:
+    """Its events may be spending."""
+    used(path)
+    ChainedLog(path).append("spent_otherwise", epsilon=1.0, number=8)
+    path.write_bytes(path.read_bytes().replace(b'"opened"', b'"openEd"', 1))
+    before = keep(path)
+    with pytest.raises(UserError, match="Install the version that wrote it"):
+        recovered(path)
+    assert keep(path) == before
+
+
+def test_an_audit_log_that_knows_nothing_recovers_nothing(path: Path) -> None:
+    """There was a ledger, for its remains are there."""
+    used(path)
+    begin_audit_anew(path)
+    ChainedLog(path.with_name(AUDIT_LOG)).append("introduced")
+    for remains in ([b"x", None], [b"x", b"x"]):
+        put_back(path, remains)
+        with pytest.raises(UserError, match="what was spent cannot be known"):
+            recovered(path)
+        assert keep(path) == remains
+
+
+def test_a_disk_that_dies_is_no_traceback(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in reading, in each of the commands."""
+    used(path)
+
+    def dying(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(chained_log, "_parse", dying)
+    for attempt in (lambda: recovered(path), lambda: check_noted(path, path.with_name(AUDIT_LOG)), book_of(path).spent):
+        with pytest.raises(UserError, match="Input/output error"):
+            attempt()
