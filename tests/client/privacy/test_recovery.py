@@ -595,13 +595,14 @@ def test_a_write_off_is_never_replaced_by_a_smaller_one(path: Path) -> None:
     refused(Ceiling(reached, 2e-5))
     recovered(path, low)
     refused(low)
-    write_off(path, low, audit, high)
-    refused(Ceiling(8.0, 2e-5))
+    gone = Ceiling(25.0, 3e-5)  # more than any ceiling that is known
+    write_off(path, low, audit, gone)
+    refused(high)
     put_back(path, [None, None])
-    refused(Ceiling(8.0, 2e-5))
+    refused(high)
     recovered(path, low)
-    assert read_account(path).written_off == high
-    for beyond in (Ceiling(2e6, 2e-5), Ceiling(20.0, 0.05)):
+    assert read_account(path).written_off == gone
+    for beyond in (Ceiling(2e6, 3e-5), Ceiling(25.0, 0.05)):
         with pytest.raises(UserError, match="nothing could ever be trained"):
             write_off(path, low, audit, beyond)
 
