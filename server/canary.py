@@ -91,7 +91,7 @@ def carry_out_canary(
         return sent | ({"weights": arrays_to_wire(weights)} if with_model else {})
 
     values = sum(math.prod(shape) for shape in common_shapes(task).values())
-    limit = largest_norm(plan.screening, {}, task, values)
+    limit = largest_norm(plan.screening, {}, task, values, len(plan.roster))
     replies = exchange.ask(MessageType.TRAIN, 1, records, model_hash, lambda: True, plan.deadline_seconds)
     for site, reply in replies:
         expected = Expected(

@@ -111,8 +111,8 @@ class StrategyConfig(Strict):
 class ScreeningConfig(Strict):
     """How large an update may be before it is left out; the norm is the 2-norm over all weights."""
 
-    norm_factor: float | None = 10.0  # times the median norm of the updates of the last committed round; null: any
-    first_norm: float | None = None  # most in round one; null: what AdamW can move the weights in a round's steps
+    norm_factor: float | None = 10.0  # times the median of the sites' last norms (server/screening.py); null: any
+    first_norm: float | None = None  # most in every round; null: what AdamW can move the weights in a round's steps
     strikes: int = 3  # rejections in a row after which a site is suspended
 
     def __post_init__(self) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from server.config import ScreeningConfig
 # AdamW's step is the rate times m / sqrt(v), with betas b1 and b2 at most (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) by
 # Cauchy's inequality: 2.35 for the sites' 0.9 and 0.99. The rest is for weight decay.
 STEP_BOUND = 2.6
+NORM_ROUNDS = 5  # committed rounds whose updates say how large the next may be: a thin round does not speak alone
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class Rejection:
 
     site: str
     reason: str
+    too_large: bool = False  # a sound update that is longer than the round's limit
+
+
+class TooLarge(ContractError):
+    """The norm of an update is above the round's limit."""
 
 
 def screen_update(message: Message, expected: Expected) -> Accepted | Rejection:
@@ -98,10 +104,10 @@ def screen_update(message: Message, expected: Expected) -> Accepted | Rejection:
         _check_control(delta, expected.largest_control)
         norm = update_norm(weights)
         if expected.largest_norm is not None and not norm <= expected.largest_norm:
-            raise ContractError(f"its norm is {norm:.3g}, at most {expected.largest_norm:.3g} is taken in this round")
+            raise TooLarge(f"its norm is {norm:.3g}, at most {expected.largest_norm:.3g} is taken in this round")
         return Accepted(update, delta, array_bytes(record), norm)
     except Exception as error:  # whatever a site sends must not end the run of the others
-        return Rejection(expected.site, short_reason(error))
+        return Rejection(expected.site, short_reason(error), isinstance(error, TooLarge))
 
 
 def _check_privacy(update: Update, asked: PrivacyTask | None) -> None:
@@ -126,25 +132,65 @@ def update_norm(delta: Mapping[str, Tensor]) -> float:
     return math.sqrt(math.fsum(norm**2 for norm in norms))
 
 
-def largest_norm(config: ScreeningConfig, before: Mapping[str, Any], task: TrainTask, weights: int) -> float | None:
+def recent_norms(record: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
+    """Round and norm of each site's last counted update, of the last rounds up to the record's own."""
+    found = {site: (int(row[0]), float(row[1])) for site, row in record.get("norms", {}).items()}
+    for row in record.get("late", []):
+        if row["round"] >= found.get(row["site"], (0, 0.0))[0]:
+            found[row["site"]] = (row["round"], float(row["norm"]))
+    own = record.get("accepted", {}).items()
+    return found | {site: (record.get("round", 0), float(row["norm"])) for site, row in own if "norm" in row}
+
+
+def carried_norms(before: Mapping[str, Any], round_: int, accepted: Collection[str]) -> dict[str, Any]:
+    """What a round's record says of the norms of sites without an update in it (`norms`); nothing, where all have one.
+
+    Args:
+        before: record of the round before.
+    """
+    kept = {
+        site: [number, norm]
+        for site, (number, norm) in sorted(recent_norms(before).items())
+        if site not in accepted and number > round_ - NORM_ROUNDS
+    }
+    return {"norms": kept} if kept else {}
+
+
+def largest_norm(
+    config: ScreeningConfig, before: Mapping[str, Any], task: TrainTask, weights: int, sites: int
+) -> float | None:
     """The largest norm that an update of a round may have; None: any.
 
-    Later rounds: `norm_factor` times the median norm of the updates that made the round before. The first:
-    `first_norm`, by default what AdamW can move that many weights in a round's steps, which no honest site exceeds.
+    `norm_factor` times the median over sites of their last counted updates' norms, each of the last `NORM_ROUNDS`
+    committed rounds: a round that one site made alone is one voice among them. Never more than `first_norm`, by default
+    what AdamW can move that many weights in a round's steps, which no honest site exceeds; and that alone where fewer
+    than two sites are known. Of an even number the upper of the two in the middle counts: of two sites, that whose
+    updates are next to nothing does not decide.
 
     Args:
         before: record of the last committed round.
         weights: how many numbers an update has.
+        sites: of the run.
     """
     if config.norm_factor is None:
         return None
-    norms = [float(row["norm"]) for row in before.get("accepted", {}).values() if "norm" in row]
-    if norms and (middle := median(norms)) > 0:
-        return config.norm_factor * middle
-    if config.first_norm is not None:
-        return config.first_norm
-    rate = task.training.learning_rate
-    return STEP_BOUND * rate * task.local_steps * math.sqrt(weights)
+    most = config.first_norm
+    if most is None:
+        most = STEP_BOUND * task.training.learning_rate * task.local_steps * math.sqrt(weights)
+        most *= _held_back(task.compression) if before.get("round") else 1.0
+    norms = [norm for _, norm in recent_norms(before).values()]
+    if len(norms) >= min(2, sites) and (middle := median_high(norms)) > 0:
+        return min(most, config.norm_factor * middle)
+    return most
+
+
+def _held_back(compression: Compression) -> float:
+    """How many times a round's change top_k can send at most, with what it held back in earlier rounds.
+
+    Karimireddy et al. 2019, lemma 3: what is held back is at most 2 sqrt(1 - d) / d changes long, d being the fraction.
+    """
+    d = compression.fraction
+    return 1.0 + 2.0 * math.sqrt(1.0 - d) / d if d is not None else 1.0
 
 
 def screen_scores(message: Message, expected: Expected) -> Scores | Rejection:

@@ -36,7 +36,7 @@ from server.optimizers import COMMON, State, next_control, server_step
 from server.records import missing_reasons, told_scores, told_update, weighted_loss
 from server.robust import CENTRE, SPILL, Aggregate, open_aggregate
 from server.sampling import asked_sites
-from server.screening import Expected, Rejection, largest_norm, screen_scores, screen_update
+from server.screening import Expected, Rejection, carried_norms, largest_norm, screen_scores, screen_update
 from server.selection import ends_with, select
 from server.stragglers import FOLDER as LATE
 from server.stragglers import LateUpdates
@@ -80,6 +80,7 @@ class FederatedAveraging(Strategy):
         self._round = 0  # the round at hand
         self._usable = 0  # updates folded in it
         self._rejected: set[str] = set()  # sites whose updates were left out of it
+        self._too_large: set[str] = set()  # those of them whose updates were sound, and above the limit
         self._chosen: list[str] = []  # who was asked in it
         self._before: set[str] = set()  # whose updates made it, if it is repeated
         self.late = LateUpdates(plan.stragglers, store.folder.parent / LATE, journal)
@@ -115,7 +116,8 @@ class FederatedAveraging(Strategy):
         result = Result()
         for round_ in range(first, num_rounds + 1):
             if round_ > first:
-                self._round, self._usable, self._rejected, self._chosen = round_, 0, set(), []
+                self._round, self._usable, self._chosen = round_, 0, []
+                self._rejected, self._too_large = set(), set()
                 self._before = self._sites_before(round_)
                 self.aggregate_train(round_, self._train(round_))
             if (
@@ -235,8 +237,12 @@ class FederatedAveraging(Strategy):
     def _found_out(self, round_: int) -> int:
         """How many sites are left out for what they sent, now or before: they are of the rule's f."""
         if (before := self.journal.last("round", round=round_)) is not None:
-            return len({*before["rejected"], *suspended_in(before)})
-        return len({*self._rejected, *self._still_out()})
+            return len({*before["rejected"], *suspended_in(before)} - {*before.get("excused", [])})
+        return len({*self._rejected, *self._still_out()} - self._excused())
+
+    def _excused(self) -> set[str]:
+        """Sites whose updates were too large, where that is so of most that came: the limit is in doubt, not they."""
+        return self._too_large if 2 * len(self._too_large) > self._usable + len(self._rejected) else set()
 
     def _still_out(self) -> set[str]:
         """Whom this run has suspended; in a federation, of them who has not been lifted since."""
@@ -280,7 +286,7 @@ class FederatedAveraging(Strategy):
         self, round_: int, replies: Iterable[Any], aggregate: Aggregate
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         accepted: dict[str, dict[str, Any]] = {}
-        rejected: dict[str, str] = {}
+        rejected: dict[str, str] = dict((self.journal.last("round", round=round_) or {}).get("rejected", {}))
         counted: dict[str, str] = dict(self.committed.record.get("counted", {}))  # site -> hash of its last such update
         received, sent_before = 0, self._bytes_down
         before = self._sites_before(round_)
@@ -291,6 +297,7 @@ class FederatedAveraging(Strategy):
             if isinstance(outcome, Rejection):
                 rejected[site] = outcome.reason
                 self._rejected.add(site)
+                self._too_large |= {site} if outcome.too_large else set()
                 self._reject(round_, outcome)
                 continue
             self._usable += 1
@@ -313,7 +320,12 @@ class FederatedAveraging(Strategy):
         moved = {"up": received + self.late.bytes, "down": self._bytes_down - sent_before}
         fed_back = {"counted": dict(sorted(counted.items()))} if self.plan.task.keeps_state else {}
         late = {"late": self.late.rows, "working": working}
-        others = {"bytes": moved, **fed_back, **drawn, **{key: value for key, value in late.items() if value}}
+        excused = self._excused()
+        if excused:
+            log.warning("round %d: most updates were above the norm limit; they count as no strike", round_)
+        norms = carried_norms(self.committed.record, round_, accepted) if self.plan.screening.norm_factor else {}
+        told = {**late, "excused": sorted(excused)}
+        others = {"bytes": moved, **fed_back, **drawn, **norms, **{key: value for key, value in told.items() if value}}
         self._commit(round_, aggregate, accepted, rejected, absent, others)
         self.late.forget()
         mean_loss = weighted_loss(accepted.values())
@@ -430,7 +442,9 @@ class FederatedAveraging(Strategy):
             second_model=plan.task.personalisation.trains_a_second,
             compression=plan.task.compression,
             largest_control=2 * plan.task.training.gradient_clip if plan.task.control_variates else None,
-            largest_norm=largest_norm(plan.screening, before or self.committed.record, plan.task, weights),
+            largest_norm=largest_norm(
+                plan.screening, before or self.committed.record, plan.task, weights, len(plan.roster)
+            ),
             key=self._key_of(site),
             privacy=plan.task.privacy,
         )
@@ -498,7 +512,8 @@ class FederatedAveraging(Strategy):
                 "Restore the run's checkpoints from a backup, or start a new run."
             )
         most, out = self.plan.screening.strikes, self._still_out()
-        record |= strikes_record(self.committed.record, accepted, rejected, most, out, before)
+        struck = {site for site in rejected if site not in others.get("excused", [])}
+        record |= strikes_record(self.committed.record, accepted, struck, most, out, before)
         checkpoint = Checkpoint(self.plan.run_id, round_, weights, record, state)
         self.store.save(checkpoint)
         self.committed = checkpoint.told

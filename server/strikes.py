@@ -16,7 +16,7 @@ from server.membership import Membership
 log = logging.getLogger("medsegfed.server")
 
 Record = Mapping[str, Any]  # of a committed round, as the journal tells it
-KEYS = ("strikes", "suspends", "suspended")
+KEYS = ("strikes", "suspends", "suspended", "excused")
 
 
 def strikes_after(before: Record, accepted: Collection[str], rejected: Collection[str]) -> dict[str, int]:
@@ -51,7 +51,7 @@ def strikes_record(
         most: rejections in a row that suspend a site; its count begins anew then.
         out: whom the run suspended earlier and nobody has lifted.
         earlier: the round as it was committed before, if it is repeated: it was without the sites it had rejected, so
-            it strikes as it did.
+            it strikes as it did, and excuses whom it did.
     """
     if earlier is not None:
         return {key: earlier[key] for key in KEYS if key in earlier}
