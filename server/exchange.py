@@ -73,6 +73,7 @@ class _Round:
     asked: set[str] = field(default_factory=set)  # who is to answer
     answered: set[str] = field(default_factory=set)
     gone: set[str] = field(default_factory=set)  # in a simulation: who was asked and is not there
+    refused: set[str] = field(default_factory=set)  # who did so once: asked again, and waited for as if absent
     late: Late | None = None  # takes what comes of earlier rounds
 
     @property
@@ -313,9 +314,10 @@ class Exchange:
         return round_state.gone | (set(self.plan.roster) - here)
 
     def _owed(self, round_state: _Round) -> bool:
-        """Whether somebody works on an answer; one who has refused to introduce himself does not."""
+        """Whether somebody works on an answer; one who has refused it, or to introduce himself, does not."""
         return any(
-            round_state.asks(q) or (q.site is None and node not in self._retry) for node, q in self._pending.values()
+            (round_state.asks(q) and q.site not in round_state.refused) or (q.site is None and node not in self._retry)
+            for node, q in self._pending.values()
         )
 
     def _send(self, round_state: _Round) -> bool:
@@ -460,6 +462,7 @@ class Exchange:
         if code is None:
             return site  # an error that screening names
         self._refuse(site, code)
+        round_state.refused.add(site)
         round_state.not_before[site] = time.monotonic() + RETRY_SECONDS
         return None
 

@@ -413,6 +413,38 @@ def test_a_revoked_site_leaves_within_the_round(scene) -> None:
     assert s.network.count("elm") == 1
 
 
+@pytest.mark.parametrize("delay", [0, 5, 20, 50, 100])
+def test_a_site_that_refuses_slowly_is_waited_for_as_if_absent(scene, delay) -> None:
+    """It is asked again and again, and thinks as long each time: the round ends a minute after its first refusal."""
+    s = scene(quorum=2)
+    asked: dict[str, float] = {}
+
+    def refuse(message: Message) -> RecordDict | Error | None:
+        if message.metadata.message_type == MessageType.QUERY:
+            return greet(message)
+        since = asked.setdefault(message.metadata.message_id, s.clock.now)
+        return Error(REFUSED, "not-approved: ...") if s.clock.now - since >= delay else None
+
+    s.network["elm"].answer = refuse
+    began = s.clock.now
+    assert s.ask() == ["alder", "birch"]
+    assert delay + 55 <= s.clock.now - began <= delay + 65
+    assert [line["site"] for line in s.told("refused")] == ["elm"]
+
+
+def test_a_site_that_refused_and_then_answers_counts(scene) -> None:
+    """Its data officer approves half a minute later, while the others are waited for."""
+    s = scene(quorum=2)
+    began = s.clock.now
+    s.network["elm"].answer = lambda message: (
+        Error(REFUSED, "not-approved: ...")
+        if message.metadata.message_type == MessageType.TRAIN and s.clock.now < began + 30
+        else greet(message)
+    )
+    assert s.ask() == ["alder", "birch", "elm"]
+    assert s.clock.now - began < 45
+
+
 @pytest.mark.parametrize(("quorum", "ends"), [(None, True), (2, True), (3, False)])
 def test_a_rejected_answer_ends_no_run_that_can_go_on(scene, quorum, ends) -> None:
     """Birch answers nonsense: with "all" the others go on without it; a quorum that was asked for stays."""
