@@ -92,8 +92,27 @@ class Outbox:
         return len(self._trained(run))
 
     def base_of(self, run: str, round_: int) -> str | None:
-        """Hash of the model that a round was trained from, also after its update was forgotten."""
-        return next((base for number, base in self._trained(run) if number == round_), None)
+        """Hash of the model that a round was trained from, also after its update was forgotten.
+
+        A training whose update was kept and which was not entered, because the process was killed in between, is
+        entered now: it counts, and the round is not trained from another model.
+        """
+        base = next((base for number, base in self._trained(run) if number == round_), None)
+        if base is None and (update := self._kept(run, round_)) is not None:
+            self._enter(update)
+            return update.base_hash
+        return base
+
+    def _kept(self, run: str, round_: int) -> Update | None:
+        """What a kept update says of itself; None where there is none, or it cannot be read."""
+        path = self._path(run, round_)
+        if not path.exists():
+            return None
+        try:
+            said = read_tensors(path)[1]["update"]
+            return from_wire(RecordDict({"update": ConfigRecord({"json": said})}), "update", Update)
+        except (UserError, KeyError, ValueError):
+            return None
 
     def _trained(self, run: str) -> list[tuple[int, str]]:
         """Round and base model of every training, in order.

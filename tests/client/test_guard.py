@@ -87,6 +87,20 @@ def test_a_round_is_not_trained_from_a_second_model(hospital) -> None:
     assert [line["decision"] for line in site.audited("refused")][-1] == "base-changed"
 
 
+def test_nor_if_it_was_killed_before_the_training_was_entered(hospital, monkeypatch) -> None:
+    """The update is on the disk and its line in the list is not: another model is refused, the same one answered."""
+    site = hospital()
+    site.approve()
+    with monkeypatch.context() as patch:
+        patch.setattr("client.outbox.Outbox._enter", lambda *_: (_ for _ in ()).throw(UserError("killed")))
+        assert code(site.train(seed=0)) == "fault"
+    monkeypatch.setattr("client.app.train_round", lambda *_: pytest.fail("a second training"))
+    site.guard = site.open()
+    assert code(site.train(seed=1)) == "base-changed"
+    assert not site.train(seed=0).has_error()
+    assert site.guard.outbox.trainings("run-1") == 1
+
+
 def test_a_policy_that_was_changed_holds_from_the_next_question_on(hospital) -> None:
     """No restart; a file that cannot be read lets nothing pass."""
     site = hospital()

@@ -72,6 +72,33 @@ def test_a_damaged_update_is_no_answer(tmp_path: Path, damage: str) -> None:
     assert outbox.find(Assignment("run-1", 1, "a" * 64)) is None
 
 
+def test_a_training_that_a_kill_kept_from_the_list_is_entered(tmp_path: Path, monkeypatch) -> None:
+    """Killed between the two writes: the next process knows the round's base model, counts the training, once, and
+    answers with the bytes that were kept."""
+    sent = answer(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "_enter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            Outbox(tmp_path).keep(*sent)
+    outbox = Outbox(tmp_path)
+    assert outbox.trainings("run-1") == 0
+    assert [outbox.base_of("run-1", 1) for _ in range(2)] == ["a" * 64] * 2
+    assert outbox.trainings("run-1") == 1
+    found = outbox.find(Assignment("run-1", 1, "a" * 64))
+    assert found is not None
+    assert wire(found[1]) == wire(sent[2])
+    assert outbox.base_of("run-1", 2) is None
+
+
+def test_a_damaged_update_is_not_entered(tmp_path: Path) -> None:
+    """Nothing is known of it: the round is trained anew, from whatever model."""
+    outbox = Outbox(tmp_path)
+    (tmp_path / "run-1").mkdir()
+    (tmp_path / "run-1" / "round-000001.safetensors").write_bytes(b"torn")
+    assert outbox.base_of("run-1", 1) is None
+    assert outbox.trainings("run-1") == 0
+
+
 @pytest.mark.parametrize("text", ["many", "1 abc\n", "2", "1 " + "a" * 64 + " x\n"])
 def test_an_unreadable_list_stops_the_training(tmp_path: Path, text: str) -> None:
     """It bounds how often a server may have the site train: fail closed, and say what to do."""
