@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from server.checkpoints import Checkpoint, CheckpointStore, Committed
 from server.config import RunPlan
@@ -16,18 +17,30 @@ log = logging.getLogger("medsegfed.server")
 def best_round(events: Sequence[Event], by: str, through: int) -> int | None:
     """The round whose model is best on the sites' held-out patients, the earliest of equals; None: none was scored.
 
-    A round that fewer sites scored than another one is not compared with it: leaving out a hard site is no progress.
+    Each scored round is compared with the best before it over the sites that gave a Dice for both: leaving out a hard
+    site is no progress, and a site that has left, or missed one scoring, decides nothing.
 
     Args:
-        by: "mean" over the sites, or the "worst" site's Dice.
+        by: "mean" over those sites, or the "worst" of them.
         through: the last round that counts.
     """
-    values: dict[int, tuple[int, float]] = {}  # scored round -> how many sites gave a Dice, and the value
-    for number, sites in scored_rounds(events).items():
-        dice = sorted(row["dice"] for row in sites.values() if row["dice"] is not None)
-        if dice and number <= through:
-            values[number] = (len(dice), dice[0] if by == "worst" else sum(dice) / len(dice))
-    return max(values, key=lambda number: (values[number], -number)) if values else None
+    best, known = None, dict[str, float]()
+    for number, sites in sorted(scored_rounds(events).items()):
+        dice = {site: float(row["dice"]) for site, row in sites.items() if row["dice"] is not None}
+        if number > through or not dice:
+            continue
+        if best is None or _is_better(dice, known, by):
+            best, known = number, dice
+    return best
+
+
+def _is_better(new: Mapping[str, float], old: Mapping[str, float], by: str) -> bool:
+    """Over the sites of both; without any, no."""
+    common = new.keys() & old.keys()
+    if by == "worst":
+        return bool(common) and min(new[site] for site in common) > min(old[site] for site in common)
+    # fsum: the same figures are equal in any order of the sites
+    return math.fsum(new[site] for site in common) > math.fsum(old[site] for site in common)
 
 
 def rounds_since_best(events: Sequence[Event], by: str, through: int) -> int:
