@@ -107,6 +107,27 @@ def test_a_suspended_site_is_named_as_one_with_the_way_back(federate, quorum) ->
     assert len(f.rounds()) == 6
 
 
+def test_a_stated_quorum_that_needs_a_bad_site_ends_every_attempt_until_it_is_lowered(federate) -> None:
+    """Nothing is committed, so nothing counts as a strike; with a quorum that the others meet the run goes on under its
+    name, and the site is suspended after three rounds. As docs/recovery.md says."""
+    f = federate(3, quorum=3)
+    f.spoil("birch", put(math.nan))
+    for _ in range(4):
+        with pytest.raises(UserError, match=r"round 1: 2 of 3 sites .* the quorum is 3: birch was rejected"):
+            f.start()
+    f.members.status["birch"] = "revoked"  # does not help: the quorum stays
+    with pytest.raises(UserError, match="the quorum is 3"):
+        f.start()
+    f.members.lift("birch")
+    assert (f.rounds(), f.told("suspended")) == ([], [])
+    name = f.plan.run_id
+    f.plan = replace(f.plan, quorum=2)
+    assert f.plan.run_id == name
+    f.start()
+    assert [(e["round"], e["site"]) for e in f.told("suspended")] == [(3, "birch")]
+    assert len(f.rounds()) == 6
+
+
 def test_the_report_tells_the_rounds_without_a_suspended_site(federate) -> None:
     """In a federation as in a simulation."""
     f = federate(3)
