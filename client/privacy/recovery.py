@@ -15,7 +15,7 @@ import fcntl
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -78,15 +78,13 @@ def recover(path: Path, ceiling: Ceiling, audit: Path) -> Recovery:
         )
     lines, damaged = _read(path)
     facts = _facts(path, lines, noted)
-    _check_known(path, facts, damaged)
-    if damaged:
-        missing, spare = list(facts), facts.spare
-    else:
-        held = account_of(path, lines).heads
-        missing = [fact for fact in facts if fact.heads.isdisjoint(held)]
-        spare = facts.spare - held - {GENESIS}
-        if not missing and not spare:
-            return Recovery(0, 0, ())
+    _check_known(path, facts, lines, damaged)
+    held = frozenset() if damaged else account_of(path, lines).heads
+    missing = [fact for fact in facts if fact.heads.isdisjoint(held)]
+    # A line that is there may have had, in a ledger that was recovered and lost again, another hash.
+    spare = facts.heads.difference(held, {GENESIS}, *(fact.heads for fact in missing))
+    if not damaged and not missing and not spare:
+        return Recovery(0, 0, ())
 
     def write(log: HeldLog) -> None:
         _write(log, missing, spare, ceiling)
@@ -196,7 +194,7 @@ def _facts(path: Path, lines: Lines, noted: Lines) -> Facts:
     return facts
 
 
-def _check_known(path: Path, facts: Facts, damaged: bool) -> None:
+def _check_known(path: Path, facts: Facts, lines: Lines, damaged: bool) -> None:
     """Raises UserError where it shows that not all is known.
 
     An audit log that knows the last line knows all, for they are noted in order. Without a head file that tells which
@@ -208,14 +206,21 @@ def _check_known(path: Path, facts: Facts, damaged: bool) -> None:
             "and the audit log was put back to an older copy or begun anew. Put the newest copy of either there, or "
             f"{_WAY_OUT}. Nothing was changed."
         )
-    end = GENESIS
-    with suppress(LogDamaged):
-        end = ChainedLog(path).head if damaged else GENESIS
-    if end not in facts.heads | {GENESIS} or (not facts.last and (damaged or facts.heads - {GENESIS})):
+    ends = not damaged or _is_end_known(ChainedLog(path), facts, lines)
+    if not ends or (not facts.last and (damaged or facts.heads - {GENESIS})):
         raise UserError(
             f"{path}: its last line is not legible and not in the audit log, which is an older copy or was begun anew: "
             f"what was spent cannot be known. Put the newest copy of either there, or {_WAY_OUT}. Nothing was changed."
         )
+
+
+def _is_end_known(log: ChainedLog, facts: Facts, lines: Lines) -> bool:
+    """Whether the last line that a damaged ledger's head file knows is known; one that cannot be read knows none."""
+    try:
+        end, number = log.head, log.length
+    except LogDamaged:
+        return True
+    return end in facts.heads | {GENESIS} or len({line["n"] for line in lines if line["n"] <= number}) == number
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -255,8 +260,7 @@ def _write(log: HeldLog, missing: Iterable[Fact], spare: Iterable[str], ceiling:
                 log.append("recovered", **fields, **own)
                 ordered = True
     for head in sorted(spare):
-        if head != GENESIS:
-            log.append("head_lost", lost=[head])
+        log.append("head_lost", lost=[head])
 
 
 def _extend(path: Path, lines: Lines, write: Callable[[HeldLog], None]) -> tuple[Path, ...]:

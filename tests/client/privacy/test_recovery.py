@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from client.privacy import account as accounts
 from client.privacy import accounting
+from client.privacy import ledger as ledgers
 from client.privacy.account import Ceiling, check_noted, frozen_delta, ledger_path, read_account, spent
 from client.privacy.accounting import Mechanism, epsilon
 from client.privacy.ledger import Ledger
@@ -276,6 +277,14 @@ def copies_of(path: Path) -> tuple[list[bytes | None], list[bytes | None]]:
     return keep(path), keep(path.with_name(AUDIT_LOG))
 
 
+class Killed(Exception):
+    """In place of a SIGKILL."""
+
+
+def killed(*_: object) -> None:
+    raise Killed
+
+
 class Disk:
     """A site's ledger and audit log under all that befalls them, and what was trained all the same."""
 
@@ -287,28 +296,30 @@ class Disk:
         self.ledgers: list[list[bytes | None]] = [[None, None]]
         self.audits: list[list[bytes | None]] = []
         self.current = True  # the audit log is no older copy, or was told since what it lacked
+        self.complete = True  # and it lacks no last line whose note was killed
         self.opened: dict[int, str] = {}
 
     def train(self, number: int, noted: bool = True) -> None:
         """Reserve; without its note, as after a kill, nothing is trained and the reservation may be forgotten."""
-        before = keep(self.audit)
-        try:
-            reservation = book_of(self.path).reserve("a", number, 6.0, 0.1, 10)
-        except UserError:
-            return
-        self.current = True
-        if noted:
-            self.opened[number] = reservation
-            self.made["a", number] += 1
-            self.taken[number] = 10
-        else:
-            put_back(self.audit, before)
+        with pytest.MonkeyPatch.context() as patch:
+            if not noted:
+                patch.setattr(ledgers, "note", killed)
+            try:
+                reservation = book_of(self.path).reserve("a", number, 6.0, 0.1, 10)
+            except Killed:
+                self.current, self.complete = True, False
+            else:
+                self.current = self.complete = True
+                self.opened[number] = reservation
+                self.made["a", number] += 1
+                self.taken[number] = 10
 
     def end(self, word: str) -> None:
         which, reservation = self.opened.popitem()
         try:
             book_of(self.path).commit(reservation, steps := 5 if word == "half" else 10)
             self.taken[which] = steps
+            self.current = self.complete = True
         except UserError:  # recovered since: it counts in full
             pass
 
@@ -319,15 +330,17 @@ class Disk:
                 at = self.chance.randrange(len(data))
                 data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
             file.write_bytes(data)
+            self.complete = self.complete and file == self.path  # another digit in a head file is another end
 
     def recover(self) -> bool:
-        """Whether the ledger is in order then."""
+        """Whether the ledger is in order then; where it is not, nothing was changed."""
         before = keep(self.path)
         try:
             recovered(self.path)
         except UserError:
             assert keep(self.path) == before
             return False
+        self.current = self.complete = True
         return True
 
     def sound(self) -> bool:
@@ -369,6 +382,7 @@ def test_whatever_is_lost_never_less_is_counted_than_was_spent(tmp_path_factory,
                 put_back(disk.audit, [None, None])
                 disk.current = False
         if not disk.sound() and not disk.recover():
+            assert not (disk.current and disk.complete)
             return  # said to be unknown: for a person to write off
     if not disk.made:
         return
