@@ -222,7 +222,7 @@ class Guard:
             raise refusal
         self.committed(assignment.run, assignment.round - 1)
         found = self.outbox.find(assignment, task)
-        if found is None or found[0].base_hash != assignment.model_hash:  # killed before the training was entered
+        if found is None or found[0].base_hash != assignment.model_hash:  # never trained, or from a damaged file
             return None
         update, content = found
         self.audit.append("repeated", run=assignment.run, round=assignment.round, delta=update.delta_hash)
