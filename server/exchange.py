@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
@@ -33,6 +34,7 @@ LONGEST_POLL_SECONDS = 1.0  # the pause grows to a twentieth of the time that no
 LOOK_SECONDS = 2.0  # between looks who is online, who was revoked, whether the run is to stop
 FETCHED_ROUNDS = 2  # after which an answer that does not count any more is not fetched to free the SuperLink of it
 RETRY_SECONDS = 10.0  # until a site that refused is asked again: a data officer may have approved in the meantime
+MOST_AT_ONCE = 4  # questions of one round that a site is sent without a pause, and that it may owe
 LOST = (
     ErrorCode.MESSAGE_UNAVAILABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
@@ -74,6 +76,7 @@ class _Round:
     answered: set[str] = field(default_factory=set)
     gone: set[str] = field(default_factory=set)  # in a simulation: who was asked and is not there
     refused: set[str] = field(default_factory=set)  # who did so once: asked again, and waited for as if absent
+    times: Counter[str] = field(default_factory=Counter)  # how often a site was asked
     late: Late | None = None  # takes what comes of earlier rounds
 
     @property
@@ -356,9 +359,20 @@ class Exchange:
                 self._pending[message_id] = (node, question)
                 if question.site is not None:
                     self.asked_at[question.site] = now
-                if question.site is not None:
                     self.bytes_down += self.beside_bytes + (self.model_bytes if question.with_model else 0)
+                    self._bound(question.site, round_state)
         return any(question.site and question.site not in round_state.not_before for _, question in due)
+
+    def _bound(self, site: str, round_state: _Round) -> None:
+        """A site that is started anew again and again is asked at leisure, holds nobody up, and costs few questions."""
+        round_state.times[site] += 1
+        if round_state.times[site] < MOST_AT_ONCE:
+            return
+        round_state.refused.add(site)
+        round_state.not_before[site] = time.monotonic() + RETRY_SECONDS
+        copies = [i for i, (_, q) in self._pending.items() if q.site == site and round_state.asks(q)]
+        for message_id in copies[:-MOST_AT_ONCE]:
+            del self._pending[message_id]
 
     def _wave(self, due: list[tuple[int, _Question]], round_state: _Round) -> list[tuple[int, _Question]]:
         """Introductions, and as many of the round's questions as may be open: each may end in an answer, a model large,

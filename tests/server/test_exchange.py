@@ -295,6 +295,26 @@ def test_a_site_that_restarted_without_a_trace_is_asked_again(scene) -> None:
     assert s.clock.now < 1015
 
 
+@pytest.mark.parametrize("steady", [None, 1040.0])
+def test_a_site_that_starts_anew_all_the_time_holds_nobody_up(scene, steady: float | None) -> None:
+    """Activated anew at every look, it is waited for as if absent, and asked seldom; once it stays up it counts."""
+    s = scene(quorum=2)
+    elm = s.network["elm"]
+
+    def flap() -> None:
+        if steady is None or s.clock.now < steady:
+            elm.activation = f"t{s.clock.now}"
+            s.clock.after(1, flap)
+        else:
+            elm.answer = greet
+
+    elm.answer = only(MessageType.TRAIN, None)
+    flap()
+    assert s.ask() == (["alder", "birch"] if steady is None else ["alder", "birch", "elm"])
+    assert s.network.count("elm") <= 12
+    assert s.clock.now < 1080
+
+
 def test_two_answers_to_one_round_count_once(scene) -> None:
     """A site that was activated anew is asked again, and then both questions are answered, at the same time."""
     s = scene()
