@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from client.privacy.account import Account, Ceiling, Spent, check_noted, ledger_path, spent
+from client.privacy.account import Account, Ceiling, Spent, as_head, check_noted, ledger_path, spent
 from client.privacy.accounting import Epsilon
 from client.privacy.planning import Plan
 from client.site import SiteConfig
@@ -89,9 +89,10 @@ def verify_lines(site: Path, anchor: str | None = None) -> tuple[bool, list[str]
     """Whether a site's ledger is whole and the newest that the audit log knows, and lines for a person.
 
     Raises:
-        UserError: the folder is no site's.
+        UserError: the folder is no site's, or the anchor no head: that says nothing of the ledger.
     """
     check_site(site)
+    anchor = None if anchor is None else as_head(anchor)
     path = ledger_path(site)
     lines = [f"ledger   {path}"]
     try:

@@ -217,10 +217,7 @@ def check_noted(path: Path, audit: Path, anchor: str | None = None) -> Account:
     """
     noted = noted_heads(audit)  # first: what is written in between is in both, or in the ledger alone
     if anchor is not None:
-        anchor = anchor.strip().lower()
-        if not is_head(anchor):
-            raise UserError(f"{anchor[:80]!r} is no head of a ledger: 64 hexadecimal digits are. Copy it anew.")
-        noted.add(anchor)
+        noted.add(as_head(anchor))
     account = read_account(path)
     check_anchors(path, account, noted)
     return account
@@ -345,6 +342,14 @@ def _order(value: Any) -> float:
 def is_head(value: Any) -> bool:
     """Whether it is the hash of a line: 64 hexadecimal digits."""
     return isinstance(value, str) and _HEAD.fullmatch(value) is not None
+
+
+def as_head(typed: str) -> str:
+    """A head that a person copied. Raises UserError where it is none."""
+    head = typed.strip().lower()
+    if not is_head(head):
+        raise UserError(f"{head[:80]!r} is no head of a ledger: 64 hexadecimal digits are. Copy it anew.")
+    return head
 
 
 def _head(value: Any) -> str:

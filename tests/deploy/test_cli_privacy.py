@@ -150,7 +150,8 @@ def test_verify_tells_sound_from_edited_and_rolled_back(medsegfed: Run, site: Pa
     newest = Ledger(path, Ceiling(3.0, 1e-5)).head
     assert medsegfed("ledger", "verify", "--site", site, "--anchor", newest.upper())[0] == 0
     assert medsegfed("ledger", "verify", "--site", site, "--anchor", "f" * 64)[0] == 1
-    assert "64 hexadecimal digits" in medsegfed("ledger", "verify", "--site", site, "--anchor", "9f31...")[1]
+    code, _, err = medsegfed("ledger", "verify", "--site", site, "--anchor", "9f31...")
+    assert (code, "64 hexadecimal digits" in err) == (2, True)  # a slip of the pen, not a fault
     kept = path.read_bytes(), head.read_bytes()
     path.write_bytes(kept[0].replace(b'"steps":30', b'"steps":03'))
     code, out, _ = medsegfed("ledger", "verify", "--site", site)
