@@ -18,6 +18,7 @@ from typing import Any
 from medsegdiff.errors import UserError
 from medsegdiff.strict import load_yaml
 from server.journal import Event, read_events
+from server.records import weighted_loss
 from server.rounds import ENDED, committed_rounds, round_seconds, run_state, sample_size, scored_rounds
 
 RECENT_ROUNDS = 10  # whose seconds foretell the next ones
@@ -181,7 +182,8 @@ def _check(events: Sequence[Event]) -> None:
     run_state(events)
     round_seconds(events)
     for event in committed_rounds(events):
-        _ = [float(row["loss"]) + int(row["patients"]) for row in event["accepted"].values()]
+        _ = [int(row["patients"]) for row in event["accepted"].values()]
+        _ = weighted_loss(event["accepted"].values())  # a private site tells none
         _ = [*event.get("rejected", {}).items(), *event.get("absent", [])]
     for sites in scored_rounds(events).values():
         _ = [float(row["dice"] or 0.0) for row in sites.values()]
@@ -217,9 +219,9 @@ def _tell_round(event: Event) -> str:
     if event["round"] == 0:
         return "the first model stands"
     parts = [f"round {event['round']} committed: {len(event['accepted'])} updates"]
-    losses = [(row["patients"], row["loss"]) for row in event["accepted"].values()]
-    if losses:
-        parts[0] += f", loss {sum(n * loss for n, loss in losses) / sum(n for n, _ in losses):.3f}"
+    loss = weighted_loss(event["accepted"].values())
+    if loss is not None:
+        parts[0] += f", loss {loss:.3f}"
     if event.get("rejected"):
         parts.append(f"rejected {', '.join(event['rejected'])}")
     if event.get("absent"):

@@ -95,6 +95,23 @@ def test_the_state_of_a_run(federation, events, state, phase) -> None:
     assert (run["eta_seconds"] is not None) == (state == "running" and run["round"] > 0)
 
 
+@pytest.mark.parametrize("private", [["elm"], ["alder", "birch", "elm"]])
+def test_a_run_with_private_sites_is_told_like_any(federation, private) -> None:
+    """They tell neither loss nor seconds."""
+    events = two_of_ten()
+    for event in events:
+        for site in private if event["event"] == "round" and event["round"] else ():
+            event["accepted"][site] |= {"loss": None, "seconds": None, "epsilon": 1.0, "privacy_delta": 1e-5}
+    tell_run(federation, events, rounds=10)
+    status = status_of(federation.folder, NOW)
+    assert (status["run"]["name"], status["run"]["round"]) == ("glioma-1", 2)
+    assert not any("journal" in problem for problem in status["problems"])
+    assert [row["loss"] is None for row in status["sites"]] == [row["site"] in private for row in status["sites"]]
+    assert "glioma-1" in screen(status)
+    said = [tell(event) for event in events if event["event"] == "round" and event["round"]]
+    assert all(("loss" in line) == (len(private) < 3) and "3 updates" in line for line in said)
+
+
 def test_a_stopped_run_that_was_asked_for_again_is_queued(federation) -> None:
     """The coordinator queued it anew, and the server has not taken it up yet."""
     folder = tell_run(federation, [*two_of_ten(), told("stopped", NOW)])
