@@ -99,6 +99,7 @@ class Guard:
                     "application-changed",
                     "the installed program was changed while it ran. Start the site anew under its new hash.",
                 )
+            terms = terms_of(self.privacy, task)  # first: nobody should be asked to approve what cannot be trained
             known = train_patients is not None and self.privacy is not None
             check_policy(
                 self.policy,
@@ -111,7 +112,6 @@ class Guard:
                 folder=self.folder,
                 trainings=self.outbox.trainings(run) if round_ is not None and trains else 0,
             )
-            terms = terms_of(self.privacy, task)
         except Refusal as refusal:
             self._tell_refusal(refusal, run, task, round_)
             raise
