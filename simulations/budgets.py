@@ -255,6 +255,12 @@ def markdown(figures: dict[str, Any]) -> str:
     return "\n".join([*head, "", *(f"- {line}" for line in verdict(figures))]) + "\n"
 
 
+def _tick(row: dict[str, Any]) -> str:
+    """The budget; where the least noise that a site may use spends less, that."""
+    least = row["spent"] is not None and row["spent"] < 0.5 * row["asked"]
+    return f"{row['spent']:.3g}\n(least noise)" if least else f"{row['asked']:g}"
+
+
 def _dice(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
@@ -275,7 +281,7 @@ def draw(figures: dict[str, Any]) -> bytes:
         axes.errorbar(
             places,
             [row["mean"] for row in rows],
-            [row["spread"] or 0.0 for row in rows],
+            [row["spread"] or 0.0 for row in rows] if any(row["spread"] for row in rows) else None,
             color=SITE_COLOURS[0], marker="o", capsize=3, label="patient-level privacy",
         )  # fmt: skip
         named = {row["name"]: row["mean"] for row in figures["rows"]}
@@ -288,7 +294,7 @@ def draw(figures: dict[str, Any]) -> bytes:
         for value, label, style in lines:
             if value is not None:
                 axes.axhline(value, color=INK if style != ":" else FAINT, ls=style, lw=1.2, label=label)
-        axes.set_xticks(places, [f"{row['asked']:g}" for row in rows])
+        axes.set_xticks(places, [_tick(row) for row in rows])
         known = [row["mean"] for row in rows] + [value for value, _, _ in lines if value is not None]
         limits = (max(0.0, min(known, default=0.0) - MARGIN), min(1.0, max(known, default=1.0) + MARGIN))
         axes.set(xlabel="epsilon (add or remove one patient)", ylabel="mean Dice over sites", ylim=limits)
