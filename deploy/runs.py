@@ -69,7 +69,14 @@ def resolve_run(path: Path, members: dict[str, int]) -> RunPlan:
     dataset = asked.dataset
     if isinstance(dataset, str):
         beside = path.parent / dataset
-        dataset = read_config(beside if beside.is_file() else shipped_dataset(dataset), DatasetConfig)
+        try:
+            dataset = read_config(beside if beside.is_file() else shipped_dataset(dataset), DatasetConfig)
+        except UserError as error:
+            raise (
+                error
+                if beside.is_file()
+                else UserError(f"{path}: dataset: no file {beside}, and none of that name is shipped ({error})")
+            ) from error
     dataset = with_targets(dataset, asked.targets)
     chosen = asked.sites if asked.sites is not None else tuple(sorted(members))
     unknown = [site for site in chosen if site not in members]

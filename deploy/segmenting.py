@@ -98,6 +98,8 @@ def segment_scans(
     """
     if not model.is_file():
         raise UserError(f"{model}: there is no such file. Give the path of a model.safetensors.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; nothing was segmented. Name a folder for the results with -o.")
     scans, passed_over = find_scans(given, out)
     job = Job(str(model), len(scans), passed_over=passed_over)
     sound = _checked(scans, job)

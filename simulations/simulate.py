@@ -290,7 +290,9 @@ def _split_sites(dataset: Dataset, assignment: dict[str, list[str]], recipe: Rec
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     stored = folder / "recipe.yaml"
     if not resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file; nothing was changed. Choose a folder with --out.")
+        if folder.exists() and any(folder.iterdir()):
             raise UserError(
                 f"{folder}: already holds a run or other files; nothing was changed. Go on with it by --resume, or "
                 "choose another folder with --out."

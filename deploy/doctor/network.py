@@ -53,7 +53,7 @@ _REJECTED = {
     "TLSV1_ALERT_DECRYPT_ERROR": "key and certificate do not fit",
     "SSLV3_ALERT_HANDSHAKE_FAILURE": "no reason was given",
 }
-_ADMIT = "Ask the coordinator whether the site was revoked; a new kit lets it in: medsegfed join --kit FILE."
+_ADMIT = "Ask the coordinator whether the site was revoked; then it joins again, with new keys: docs/federation.md."
 _GATEWAY = "Ask the coordinator whether the gateway is well: medsegfed doctor --folder FEDERATION there."
 
 

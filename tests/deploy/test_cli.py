@@ -82,6 +82,7 @@ def test_wrong_ways_to_start_a_simulation(medsegfed, tiny_recipe, tmp_path) -> N
     assert_refused(medsegfed("simulate", "hippocampus", "--out", out), "--data DIR")
     assert_refused(medsegfed("simulate", "hippocampus", "--data", tmp_path / "no", "--out", out), "no such folder")
     assert not out.exists()
+    assert_refused(medsegfed("simulate", recipe, "--out", recipe), "is a file", "--out")
     assert_refused(medsegfed("simulate", recipe, "--out", out, "--resume"), "holds no run that could be resumed")
     out.mkdir()
     shutil.copy(tiny_recipe(("seed: 1", "seed: 2"), name="other.yaml"), out / "recipe.yaml")

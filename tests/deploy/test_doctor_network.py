@@ -315,7 +315,7 @@ def test_a_revoked_certificate_is_told_apart_from_a_fault_of_the_server(
     context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     checks = check(federation, listen(gateway(context)).port)
     assert "it is revoked" in failed(checks, "client certificate")
-    assert "join --kit" in checks["client certificate"].advice
+    assert "with new keys" in checks["client certificate"].advice
 
 
 def test_a_certificate_of_another_federation_is_told(

@@ -61,6 +61,7 @@ def test_a_description_beside_the_file_and_a_choice_of_sites(tmp_path) -> None:
     [
         ("name: first", "name: ../first", "1 to 48 letters"),
         ("msd_hippocampus", "nowhere", "'nowhere' is not known"),
+        ("msd_hippocampus", "no.yaml", "RUN.yaml: dataset: no file"),
         ("run: {", "sites: [elm]\nrun: {", "elm not admitted; the admitted sites are alder, birch"),
         ("run: {", "sites: [birch, birch]\nrun: {", "stands twice"),
         ("rounds: 3", "rounds: 0", "rounds must lie in"),

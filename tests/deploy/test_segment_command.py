@@ -329,6 +329,7 @@ def test_nothing_is_overwritten(segment: Run, tmp_path: Path) -> None:
     assert segment(second, "-o", tmp_path)[0] == 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     refused(segment(first, "-o", tmp_path), "a_mask.nii.gz: is already there", "--resume")
+    refused(segment(first, "-o", first), "a.nii.gz: is a file", "-o")
     drawn, third = tmp_path / "c_mask.nii.gz", save_nifti(tmp_path / "c.nii.gz", 2)
     drawn.write_bytes(b"by hand")
     for resume in ([], ["--resume"]):
