@@ -267,7 +267,7 @@ def run_(
     if not canary and (wait is not None or as_json):
         raise UserError("--wait and --json belong to --canary; nothing was started. Add it, or leave them out.")
     from deploy.federation import open_federation
-    from deploy.runs import initial_file, queue_run, resolve_run
+    from deploy.runs import initial_file, queue_run, resolve_run, warning_of
     from deploy.status import watch
 
     federation = open_federation(folder)
@@ -281,12 +281,8 @@ def run_(
     federation.audit().append("run_queued", run=plan.run_id, by=getpass.getuser(), sites=sorted(plan.roster))
     typer.echo(f"Run {plan.run_id}: {plan.task.rounds} rounds, sites {', '.join(plan.roster)}. Folder: {queued}")
     typer.echo(f"Each site approves it once: medsegfed approve {plan.run_id}")
-    if initial is None and plan.task.privacy is not None and plan.task.privacy.train == "low_rank":
-        typer.echo(
-            "Careful: privacy.train is low_rank, which corrects a model trained on public data, and run.initial "
-            "names none: fresh weights will spend the patients' budget and learn next to nothing. To end it: medsegfed "
-            f"stop {plan.name}"
-        )
+    if (warning := warning_of(plan)) is not None:
+        typer.echo(warning)
     if not detach:
         raise typer.Exit(watch(federation, plan.name))
 

@@ -99,6 +99,18 @@ def initial_file(path: Path) -> Path | None:
     return path.parent / name if name is not None else None
 
 
+def warning_of(plan: RunPlan) -> str | None:
+    """What a coordinator should know of a run before hospitals spend on it."""
+    privacy = plan.task.privacy
+    if plan.initial is not None or privacy is None or privacy.train != "low_rank":
+        return None
+    return (
+        "Careful: privacy.train is low_rank, which corrects a model trained on public data; run.initial names none: "
+        "fresh weights will spend the patients' budget and learn next to nothing. To end it: medsegfed stop "
+        f"{plan.name}"
+    )
+
+
 def queue_run(runs: Path, plan: RunPlan, by: str, initial: Path | None = None) -> Path:
     """Ask for a run: write its folder, or ask for the one that is there to go on. Returns the folder.
 

@@ -17,6 +17,7 @@ from hospital import Hospital
 from torch import Tensor
 
 from client import personal, private_training
+from client.approvals import pending_runs
 from client.contract import (
     REFUSALS,
     Assignment,
@@ -208,6 +209,16 @@ def test_a_network_that_an_engine_would_treat_wrongly_is_not_trained(private_sit
     monkeypatch.setattr(private_training, "choose_engine", lambda _: Doubling())
     assert word(site.train()) == "fault"
     assert not ledger_path(site.folder).exists()
+
+
+def test_what_cannot_be_trained_is_not_laid_before_the_data_officer(hospital, private_task, tiny_task) -> None:
+    """A run without privacy, not approved: refused for that, and none waits for an approval; with it, one does."""
+    site = hospital("{min_patients: 5}", section(), tiny_task)
+    assert word(introduce(site)) == "privacy-floor"
+    assert pending_runs(site.folder) == []
+    site.task = private_task
+    assert word(introduce(site)) == "not-approved"
+    assert [waiting.run for waiting in pending_runs(site.folder)] == ["run-1"]
 
 
 # --- the server's memory of the ledger --------------------------------------------------------------------------------

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from deploy.runs import initial_file, next_run, queue_run, read_queued, resolve_run, run_of, stop_run, wanted
+from deploy.runs import (
+    initial_file,
+    next_run,
+    queue_run,
+    read_queued,
+    resolve_run,
+    run_of,
+    stop_run,
+    wanted,
+    warning_of,
+)
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
 from medsegdiff.weights import hash_weights, initial_weights, save_model
@@ -198,3 +208,22 @@ def test_a_run_starts_from_the_model_that_it_names(tmp_path) -> None:
     (tmp_path / "public.safetensors").write_bytes(b"no model")
     with pytest.raises(UserError, match=r"public\.safetensors"):
         resolve_run(path, MEMBERS)
+
+
+def test_a_small_correction_of_fresh_weights_is_warned_of(tmp_path) -> None:
+    """It would spend a budget for nothing; no other run is spoken of."""
+    private = RUN.replace("run: {", "run: {privacy: {train: TRAIN}, initial: MODEL, ")
+
+    def warned(train: str, model: str) -> bool:
+        text = private.replace("TRAIN", train).replace("MODEL", model)
+        return warning_of(resolve_run(written(tmp_path, text), MEMBERS)) is not None
+
+    plan = resolve_run(written(tmp_path), MEMBERS)
+    assert warning_of(plan) is None
+    save_model(tmp_path / "public.safetensors", plan.task.card, initial_weights(plan.task.model, 7))
+    found = {
+        (train, model): warned(train, model)
+        for train in ("low_rank", "all")
+        for model in ("null", "public.safetensors")
+    }
+    assert [key for key, said in found.items() if said] == [("low_rank", "null")]

@@ -16,7 +16,7 @@ from client.site import SiteConfig
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
 from medsegdiff.weights import hash_weights, load_model, read_tensors
-from simulations.budgets import budget_cells, compare_budgets, draw, markdown, verdict, wants_budgets
+from simulations.budgets import _tick, budget_cells, compare_budgets, draw, markdown, verdict, wants_budgets
 from simulations.private_world import Pretraining, WorldPrivacy
 from simulations.recipe import read_recipe
 from simulations.simulate import simulate
@@ -167,3 +167,9 @@ def test_halves_of_a_private_recipe_are_refused(tiny_recipe, changes, fault) -> 
     """Each names the key that is missing or out of range."""
     with pytest.raises(UserError, match=fault):
         read_recipe(tiny_recipe(*changes))
+
+
+def test_the_plot_names_what_was_spent_where_no_less_noise_may_be_used() -> None:
+    """A budget that cannot be used up is not what its training cost."""
+    assert _tick({"asked": 1e6, "spent": 58.94}) == "58.9\n(least noise)"
+    assert [_tick({"asked": 8.0, "spent": spent}) for spent in (7.98, None)] == ["8", "8"]
