@@ -18,7 +18,7 @@ import httpx
 
 from deploy.control import Control
 from deploy.federation import Federation
-from deploy.runs import next_run, wanted
+from deploy.runs import has_ended, next_run, wanted
 from medsegdiff.errors import UserError
 from server.journal import read_events
 from server.rounds import STOP, committed_rounds
@@ -58,6 +58,7 @@ class RunKeeper:
         self._admitted: dict[str, str] | None = None
         self._run: tuple[Path, int] | None = None  # folder, Flower's id
         self._committed = 0  # rounds, when it was started
+        self._events = 0  # of its journal, then
         self._lived = 0.0  # until when its ServerApp is taken to live
         self._not_before = 0.0
         self._pause = AGAIN_SECONDS
@@ -115,9 +116,11 @@ class RunKeeper:
         if self._run is None and time.monotonic() >= self._not_before:
             folder = next_run(self.federation.runs)
             if folder is not None:
+                events = read_events(folder / "journal.jsonl")
                 run_id = control.start(folder)
                 self._run = (folder, run_id)
-                self._committed, self._lived = _rounds(folder), time.monotonic() + UNSEEN_SECONDS
+                self._events, self._committed = len(events), len(committed_rounds(events))
+                self._lived = time.monotonic() + UNSEEN_SECONDS
                 self.tell("run_started", {"run": folder.name, "flower_run": run_id})
 
     def _is_over(self, control: Control, folder: Path, run_id: int) -> bool:
@@ -126,7 +129,8 @@ class RunKeeper:
         A run that has committed rounds since its start is no run that dies of itself: it waits for nothing.
         """
         found = control.run(run_id)
-        going_on = wanted(folder)
+        # A run that the coordinator stopped and asked for again at once is wanted, but nothing of it was lost.
+        going_on = wanted(folder) and not has_ended(folder, self._events)
         reason = "the SuperLink was started anew" if found is None else f"its ServerApp ended: {found.detail[:200]}"
         if found is not None and found.status != "finished":
             if _asked_to_stop(folder) > STOP_SECONDS:
@@ -138,7 +142,7 @@ class RunKeeper:
             control.stop(run_id)
             reason = "its ServerApp's process is gone"
         if going_on:
-            if _rounds(folder) > self._committed:
+            if len(committed_rounds(read_events(folder / "journal.jsonl"))) > self._committed:
                 self._pause = AGAIN_SECONDS
             elif found is not None:
                 self._not_before = time.monotonic() + self._pause
@@ -155,11 +159,6 @@ class RunKeeper:
         if status == "pending" or self.serverapp_lives():
             self._lived = now + (UNSEEN_SECONDS if status == "pending" else GONE_SECONDS)
         return now > self._lived
-
-
-def _rounds(folder: Path) -> int:
-    """Committed rounds of a run."""
-    return len(committed_rounds(read_events(folder / "journal.jsonl")))
 
 
 def _asked_to_stop(folder: Path) -> float:

@@ -168,14 +168,17 @@ def stop_run(folder: Path, by: str) -> None:
 def wanted(folder: Path) -> bool:
     """Whether the run is to be carried out: asked for, and not ended since."""
     asked = read_queued(folder)
-    if asked is None:
-        return False
+    return asked is not None and not has_ended(folder, asked["events"])
+
+
+def has_ended(folder: Path, events: int) -> bool:
+    """Whether the run's journal tells an end (finished, stopped or failed) as its last word after so many events."""
     try:
         found = (folder / "journal.jsonl").stat()
         stamp = (found.st_mtime_ns, found.st_size)
     except OSError:
         stamp = (0, 0)
-    return not _has_ended(folder, asked["events"], stamp)
+    return _has_ended(folder, events, stamp)
 
 
 @lru_cache(maxsize=1024)

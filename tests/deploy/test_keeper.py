@@ -196,3 +196,26 @@ def test_a_run_that_ended_well_is_not_taken_for_dead(scene) -> None:
     for _ in range(5):
         scene.tick()
     assert scene.link.stopped == []
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_run_that_was_stopped_and_asked_for_again_was_not_lost(scene, gone) -> None:
+    """Between two looks: the coordinator's own doing is no fault of anything, and waits for nothing."""
+    alive = [True]
+    scene.keeper.serverapp_lives = lambda: alive[0]
+    scene.tick()
+    stop_run(scene.run, "day")
+    scene.journal("stopped")
+    queue_run(scene.run.parent, read_config(scene.run / "run.yaml", RunPlan), "day")
+    alive[0] = not gone  # its process, before Flower has noticed
+    for _ in range(3):
+        scene.tick()
+    assert (scene.link.stopped, len(scene.link.runs)) == ([], 1)
+    alive[0] = True
+    scene.link.runs[1] = FlowerRun(1, "finished", "completed")
+    scene.tick()
+    assert len(scene.link.runs) == 2
+    assert (scene.events("run_lost"), len(scene.events("run_ended"))) == ([], 1)
+    scene.link.runs[2] = FlowerRun(2, "finished", "failed")  # and what falls then is taken up again, as ever
+    scene.tick()
+    assert len(scene.events("run_lost")) == 1
