@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hospital import Hospital, make_hospital
 
 from client.contract import TrainTask
+from tests.hospital import Hospital, make_hospital
 
 
 @pytest.fixture

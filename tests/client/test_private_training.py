@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message, MessageType
-from hospital import Hospital
 from torch import Tensor
 
 from client import personal, private_training
@@ -46,6 +45,7 @@ from deploy.ledger_repair import recover_ledger, write_off_ledger
 from medsegdiff.errors import UserError
 from medsegdiff.strict import compact_json
 from medsegdiff.weights import hash_weights, initial_weights, weight_shapes
+from tests.hospital import Hospital
 
 MECHANISM = PrivacyPolicy(
     epsilon=8.0, delta=1e-4, sigma=2.0, q=0.5, clip=1.0, batch=2, steps=2, rounds=2, slices=1, draws=2

@@ -35,8 +35,8 @@ from deploy.supervisor import read_status
 from server.journal import Event
 from simulations.phantoms import PhantomConfig
 from simulations.recipe import Recipe, read_recipe
+from tests.e2e.federation.canaries import add_broken_cases, write_canaries
 from tests.e2e.federation.handmade import Caller, HandmadeNode
-from tests.e2e.federation.hospital import add_broken_cases, write_canaries
 from tests.e2e.federation.network import ADDRESSES, Loopback, placed, until
 
 ROOT = Path(__file__).parents[3]

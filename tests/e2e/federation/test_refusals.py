@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from server.journal import Event
+from tests.e2e.federation.canaries import add_broken_cases
 from tests.e2e.federation.conftest import QUICK, ROOT, Scene
-from tests.e2e.federation.hospital import add_broken_cases
 
 CODES = {
     "altered": "application-changed",  # one byte of its program was changed after its officer approved the run

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tests.e2e.federation.canaries import CANARIES, traces
 from tests.e2e.federation.conftest import SITES, FirstRun, Scene
-from tests.e2e.federation.hospital import CANARIES, traces
 
 OWN = ("data", "cache")  # what a site keeps of its patients for itself
 
