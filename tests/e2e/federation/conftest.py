@@ -51,9 +51,10 @@ ENROLLED = 100
 QUICK = {"local_steps": 2}  # for runs whose scores nobody looks at
 
 RECIPE = """\
-# As much training as it takes to score above zero: scores that are all zero would be equal whatever was trained.
+# Training that scores well above zero on every processor (.45 with AVX2 and with SSE alone): scores that are all zero
+# would be equal whatever was trained.
 name: first
-seed: 1
+seed: 2
 world:
   dataset: phantoms
   partition: {by: site}
@@ -63,7 +64,7 @@ run:
   rounds: ROUNDS
   local_steps: 40
   threads: 1
-  training: {batch_size: 8, learning_rate: 1.0e-2, foreground_fraction: 0.5}
+  training: {batch_size: 8, learning_rate: 3.0e-3, foreground_fraction: 0.5}
   sampling: {steps: 4}
   evaluate_every: ROUNDS
   deadline_seconds: 600
