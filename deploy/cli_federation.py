@@ -223,7 +223,7 @@ def approve(
     if run is None:
         typer.echo("\n".join(pending_lines(folder)))
         return
-    who = by or getpass.getuser()
+    who = by or _me()
     if take_back:
         typer.echo(withdraw(folder, run, who))
         return
@@ -276,9 +276,9 @@ def run_(
     if canary:
         from deploy.canary import canary_command
 
-        raise typer.Exit(canary_command(federation, plan, getpass.getuser(), wait, as_json, typer.echo, initial))
-    queued = queue_run(federation.runs, plan, getpass.getuser(), initial)
-    federation.audit().append("run_queued", run=plan.run_id, by=getpass.getuser(), sites=sorted(plan.roster))
+        raise typer.Exit(canary_command(federation, plan, _me(), wait, as_json, typer.echo, initial))
+    queued = queue_run(federation.runs, plan, _me(), initial)
+    federation.audit().append("run_queued", run=plan.run_id, by=_me(), sites=sorted(plan.roster))
     typer.echo(f"Run {plan.run_id}: {plan.task.rounds} rounds, sites {', '.join(plan.roster)}. Folder: {queued}")
     typer.echo(f"Each site approves it once: medsegfed approve {plan.run_id}")
     if (warning := warning_of(plan)) is not None:
@@ -315,8 +315,8 @@ def stop(
 
     federation = open_federation(folder)
     place = run_of(federation.runs, name)
-    stop_run(place, getpass.getuser())
-    federation.audit().append("run_stopped", run=place.name, by=getpass.getuser())
+    stop_run(place, _me())
+    federation.audit().append("run_stopped", run=place.name, by=_me())
     typer.echo(f"{place.name} ends within seconds; its committed rounds stay. Go on with: medsegfed run RUN.yaml")
 
 
@@ -379,6 +379,14 @@ def audit_verify(
     typer.echo("\n".join(lines))
     if not whole:
         raise typer.Exit(EXIT_CODE)
+
+
+def _me() -> str:
+    """Who types; containers may run under a user that has no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def _place(folder: Path | None) -> tuple[Path, bool]:

@@ -129,8 +129,16 @@ class RunKeeper:
         A run that has committed rounds since its start is no run that dies of itself: it waits for nothing.
         """
         found = control.run(run_id)
-        # A run that the coordinator stopped and asked for again at once is wanted, but nothing of it was lost.
-        going_on = wanted(folder) and not has_ended(folder, self._events)
+        try:
+            # A run that the coordinator stopped and asked for again at once is wanted, but nothing of it was lost.
+            going_on = wanted(folder) and not has_ended(folder, self._events)
+        except UserError as error:  # a damaged journal: once its ServerApp has ended, it holds up nothing else
+            if found is not None and found.status != "finished" and not self._serverapp_gone(found.status):
+                return False
+            if found is not None and found.status != "finished":
+                control.stop(run_id)
+            self.tell("run_ended", {"run": folder.name, "reason": str(error)})
+            return True
         reason = "the SuperLink was started anew" if found is None else f"its ServerApp ended: {found.detail[:200]}"
         if found is not None and found.status != "finished":
             if _asked_to_stop(folder) > STOP_SECONDS:

@@ -8,7 +8,10 @@ import secrets
 import socket
 import ssl
 import sys
+import threading
+import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from server.journal import Journal
 log = logging.getLogger("medsegfed.supervisor")
 
 LOOPBACK = "127.0.0.1"
+
+Events = Callable[[str, dict[str, Any]], None]
 
 
 # glibc learns from the first 5 MiB piece of a message that is freed to keep the next ones for itself: a process that
@@ -79,6 +84,35 @@ def answers_https(port: int, ca_file: Path) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
+
+
+def teller(path: Path, events: Events) -> Events:
+    """Who tells what happens to processes, to a journal and to `events`: from any thread, and without ever raising.
+
+    Standard output may be a full disk or a pipe whose reader is gone; whoever keeps processes alive must go on. A
+    journal that is damaged is kept aside, for nothing depends on it.
+
+    Args:
+        path: of the journal.
+    """
+    lock = threading.Lock()
+
+    def tell(event: str, facts: dict[str, Any]) -> None:
+        with lock:
+            note(journal, event, facts)
+        try:
+            events(event, facts)
+        except Exception as error:
+            log.warning("%s: could not be told: %s", event, error)
+
+    try:
+        journal = Journal(path)
+    except UserError as error:
+        aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
+        path.replace(aside)
+        journal = Journal(path)
+        tell("journal_damaged", {"reason": str(error).partition(";")[0], "kept": aside.name})
+    return tell
 
 
 def note(journal: Journal, event: str, facts: dict[str, Any]) -> None:

@@ -159,7 +159,11 @@ def stop_run(folder: Path, by: str) -> None:
     """
     if not (folder / "run.yaml").exists():
         raise UserError(f"{folder}: there is no such run. See medsegfed status.")
-    if not wanted(folder):
+    try:
+        under_way = wanted(folder)
+    except UserError:  # a damaged journal: whether it is under way nobody knows, and it can be ended all the same
+        under_way = True
+    if not under_way:
         state = run_state(read_events(folder / "journal.jsonl"))
         raise UserError(f"{folder.name}: the run is not under way (it is {state}); nothing to stop.")
     write_atomic(folder / STOP, json.dumps({"time": time.time(), "by": by}).encode())

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from client.certificates import node_key_header, read_certificate
+from client.certificates import node_key_header
 from deploy import guard
 from deploy.child import Child
 from deploy.control import Control
@@ -35,18 +35,15 @@ from deploy.gateway import (
 from deploy.health import HealthServer, probe
 from deploy.keeper import RunKeeper
 from deploy.metrics import serve_metrics
-from deploy.processes import GIVE_BACK, LOOPBACK, answers_https, environment, note, shared_secret
-from deploy.renewal import renew_server, renewal_due
+from deploy.processes import GIVE_BACK, LOOPBACK, answers_https, environment, shared_secret, teller
 from deploy.renewal_service import serve_renewals
-from deploy.runs import next_run
+from deploy.server_certificate import ServerCertificate
 from deploy.supervisor import Supervisor, hold
 from medsegdiff.errors import UserError
-from server.journal import Journal
 
 log = logging.getLogger("medsegfed.supervisor")
 
 MEMORY_MIB = 16_384  # of the SuperLink: an authenticated site can fill it in steps of 8 MiB; beyond it is started anew
-LOOK_SECONDS = 5.0  # between looks whether the server's certificate was renewed
 
 Events = Callable[[str, dict[str, Any]], None]
 
@@ -193,28 +190,13 @@ class Server:
                 ) from error
             keeper.start()
             stack.callback(keeper.stop)
-            threading.Thread(target=self._follow_certificate, args=(stop,), name="certificate", daemon=True).start()
+            certificate = ServerCertificate(self.federation, self.apply, self._restart_superlink, self.tell)
+            threading.Thread(target=certificate.follow, args=(stop,), name="certificate", daemon=True).start()
             stack.callback(stop.set)
             yield
 
-    def _follow_certificate(self, stop: threading.Event) -> None:
-        """The server's certificate is renewed in time, here or by hand, and gateway and SuperLink take it up."""
-        path = self.federation.server_crt
-        seen, stale = path.stat().st_mtime_ns, False
-        while not stop.wait(LOOK_SECONDS):
-            try:
-                if renewal_due(read_certificate(path)):
-                    renew_server(self.federation)
-                    self.tell("server_renewed", {})
-                stamp = path.stat().st_mtime_ns
-                if stamp != seen:
-                    seen, stale = stamp, True
-                    self.apply()
-                if stale and next_run(self.federation.runs) is None:  # a run would recover, but need not be disturbed
-                    self.supervisor.restart("superlink", "its certificate was renewed")
-                    stale = False
-            except Exception as error:  # whatever it is, the certificate has to be looked after on
-                self.tell("trouble", {"reason": str(error)})
+    def _restart_superlink(self) -> None:
+        self.supervisor.restart("superlink", "its certificate was renewed")
 
 
 def start_server(folder: Path, events: Events) -> None:
@@ -230,14 +212,6 @@ def start_server(folder: Path, events: Events) -> None:
     federation.state.mkdir(mode=0o700, exist_ok=True)
     with hold(federation.state / "lock"):
         pass  # a second server would write over the configuration of the first before its supervisor finds that out
-    journal = Journal(federation.state / "supervisor.jsonl")
-    lock = threading.Lock()
-
-    def tell(event: str, facts: dict[str, Any]) -> None:
-        with lock:
-            note(journal, event, facts)
-        events(event, facts)
-
-    server = Server(federation, tell)
+    server = Server(federation, teller(federation.state / "supervisor.jsonl", events))
     with server.helpers():
         server.supervisor.run()

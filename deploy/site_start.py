@@ -22,12 +22,11 @@ from client.keys import SiteKeys
 from client.site import SiteConfig
 from deploy.child import Child
 from deploy.health import probe
-from deploy.processes import GIVE_BACK, LOOPBACK, environment, free_ports, note, shared_secret
+from deploy.processes import GIVE_BACK, LOOPBACK, environment, free_ports, shared_secret, teller
 from deploy.renewal import renew_site, renewal_due
 from deploy.supervisor import Supervisor, hold
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
-from server.journal import Journal
 
 log = logging.getLogger("medsegfed.supervisor")
 
@@ -145,12 +144,7 @@ def start_site(folder: Path, events: Events) -> None:
         )
     with hold(folder / "state" / "lock"):
         pass  # a second site process would renew the certificate beside the first
-    journal = Journal(folder / "state" / "supervisor.jsonl")
-
-    def tell(event: str, facts: dict[str, Any]) -> None:
-        note(journal, event, facts)
-        events(event, facts)
-
+    tell = teller(folder / "state" / "supervisor.jsonl", events)
     renewal = Renewal(folder, keys, tell)
     supervisor = Supervisor(site_children(folder, keys), tell, state=folder / "state")
     renewal.start()

@@ -30,6 +30,7 @@ from server.members import Member, moment
 from server.rounds import committed_rounds, scored_rounds
 
 ACCESS_LOG = "access.jsonl"  # in the federation's folder of logs
+AHEAD_SECONDS = 5.0  # of a request that seems to come from the future: beyond, the clock was set back since
 ONLINE_SECONDS = 60.0  # a site's SuperNode asks for work every 3 s and gives a sign of life every 30 s: two are missing
 SHOWN_EVENTS = 8
 SHOWN_INCIDENTS = 5
@@ -60,7 +61,7 @@ class GatewayTally:
                 self.sent[entry.site] += max(0, entry.sent)
                 self.requests[entry.site, entry.status] += 1
                 if entry.site is not None and entry.status == 200:
-                    self.last_seen[entry.site] = max(entry.time, self.last_seen.get(entry.site, 0.0))
+                    self.last_seen[entry.site] = entry.time  # not the highest: a clock may have been ahead
             if not entries:
                 return
 
@@ -166,6 +167,8 @@ def _choose(found: list[ToldRun], runs: Path, name: str | None) -> ToldRun | Non
     for run in found:
         if run.name == name:
             return run
+    if (runs / name / "run.yaml").exists():
+        read_run(runs / name)  # raises what keeps it from being told
     known = ", ".join(sorted(run.name for run in found)) or "none"
     raise UserError(f"{name}: there is no such run in {runs}; the runs are: {known}.")
 
@@ -178,7 +181,7 @@ def _site(
 ) -> dict[str, Any]:
     seen = tally.last_seen.get(name)
     away = None if seen is None else max(0.0, now - seen)
-    online = away is not None and away <= ONLINE_SECONDS
+    online = seen is not None and -AHEAD_SECONDS <= now - seen <= ONLINE_SECONDS
     days = (moment(member.not_after).timestamp() - now) / 86_400 if member else None
     took_part = [event for event in committed_rounds(run.events) if name in event["accepted"]] if run else []
     scores = scored_rounds(run.events) if run else {}

@@ -19,6 +19,12 @@ Sampler = Literal["ddpm", "ddim", "dpmpp_2m"]
 Fuse = Literal["mean", "majority", "staple"]
 Precision = Literal["auto", "fp32", "bf16"]
 
+# Far above every network that anybody trains: a task from elsewhere must not have one built that fills the memory.
+LARGEST = {
+    "image_size": 4096, "image_channels": 1024, "mask_channels": 1024, "base_channels": 2048, "blocks_per_level": 64,
+}  # fmt: skip
+MOST_LEVELS = 10
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -46,7 +52,10 @@ class ModelConfig(Strict):
         levels = len(self.channel_multipliers)
         _require(levels >= 1 and min(self.channel_multipliers) >= 1, "channel_multipliers must hold numbers >= 1")
         for name in ("image_size", "image_channels", "mask_channels", "base_channels", "blocks_per_level"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, found {getattr(self, name)}")
+            value, most = getattr(self, name), LARGEST[name]
+            _require(1 <= value <= most, f"{name} must lie between 1 and {most}, found {value}")
+        _require(levels <= MOST_LEVELS, f"channel_multipliers holds {levels} levels, {MOST_LEVELS} are the most")
+        _require(max(self.channel_multipliers) <= 64, "channel_multipliers must hold numbers up to 64")
         _require(self.base_channels % 8 == 0, f"base_channels must be a multiple of 8, found {self.base_channels}")
         for name in ("fusion_levels", "attention_levels"):
             outside = [level for level in getattr(self, name) if not 0 <= level < levels]

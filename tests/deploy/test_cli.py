@@ -431,3 +431,15 @@ def test_a_shipped_description_goes_by_its_name(medsegfed, source, tmp_path) -> 
 def test_a_command_that_cannot_be_read_is_one_line(medsegfed, arguments, fact) -> None:
     """Missing, unknown and misspelt words name the page that helps."""
     assert_refused(medsegfed(*arguments), fact)
+
+
+@pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 12345"), OSError("no username")])
+def test_a_user_without_a_name_is_told_by_number(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers run under a number alone; who asked for a run is noted all the same."""
+    from deploy import cli_federation
+
+    def nobody() -> str:
+        raise error
+
+    monkeypatch.setattr(cli_federation.getpass, "getuser", nobody)
+    assert cli_federation._me() == f"uid {os.getuid()}"

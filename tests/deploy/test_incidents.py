@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from deploy.incidents import incidents
 
 
@@ -65,3 +67,16 @@ def test_a_supervisor_that_was_killed_shows_at_the_next_start() -> None:
     """It ended nothing: what it had started begins anew."""
     again = at(200, "started", "superlink", restarts=0), at(207, "ready", "superlink")
     assert story(*UP, *again) == [(200, "the supervisor was killed, or the machine went down", 7.0)]
+
+
+def test_the_servers_own_certificate_is_mended_by_its_renewal() -> None:
+    """Told by another event than a site's."""
+    told = story(at(20, "not_renewed", reason="ca.key: cannot be read"), at(45, "server_renewed"))
+    assert told == [(20, "certificate: ca.key: cannot be read", 25.0)]
+
+
+@pytest.mark.parametrize("time", [None, "soon", {}])
+def test_a_line_without_a_time_hides_no_other(time) -> None:
+    """Changed from outside: the rest is told."""
+    damaged = at(5, "run_lost", run="night", reason="x") | {"time": time}
+    assert story(damaged, at(10, "run_lost", run="day", reason="y")) == [(10, "run day: y", None)]

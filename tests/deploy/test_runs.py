@@ -151,6 +151,8 @@ def test_a_damaged_journal_holds_up_no_other_run(tmp_path) -> None:
     second = queued(tmp_path, "second")
     (first / "journal.jsonl").write_text("not a journal\n{}\n")
     assert next_run(tmp_path / "runs") == second
+    stop_run(first, "day")
+    assert (first / "stop.json").exists(), "its ServerApp, if one lives, can be ended all the same"
 
 
 def test_a_stop_is_for_a_run_under_way(tmp_path) -> None:

@@ -334,6 +334,23 @@ def test_a_second_look_sees_what_changed_and_keeps_what_became_unreadable(federa
     assert (status["run"]["state"], len(status["problems"])) == ("stopped", 1)
 
 
+def test_a_run_that_cannot_be_read_is_not_denied(federation) -> None:
+    """By its name: the reason, not "there is no such run"."""
+    folder = tell_run(federation, two_of_ten())
+    (folder / "journal.jsonl").write_text("x\n{}\n")
+    with pytest.raises(UserError, match="line 1 of 2 is not a journal entry"):
+        status_of(federation.folder, NOW, "glioma-1")
+    with pytest.raises(UserError, match="there is no such run"):
+        status_of(federation.folder, NOW, "other")
+
+
+def test_a_clock_that_was_ahead_shows_nobody_as_online(federation) -> None:
+    """The server's clock was set back by an hour: a request of before is no sign of life; one of after it counts."""
+    requests(federation, (NOW + 3600, "alder", 200), (NOW + 3600, "birch", 200), (NOW - 9, "birch", 200))
+    rows = sites(federation, NOW)
+    assert (rows["alder"]["online"], rows["birch"]["online"]) == (False, True)
+
+
 def test_the_access_log_is_followed(federation) -> None:
     """Counted once, whatever the number of looks; bytes and answers by site, the unknown ones apart."""
     tally = GatewayTally(access_log(federation))

@@ -25,6 +25,11 @@ from medsegdiff.strict import parse_config
     [
         (ModelConfig, {"image_size": 0}),
         (ModelConfig, {"image_size": 66}),
+        (ModelConfig, {"image_size": 2**45}),
+        (ModelConfig, {"base_channels": 8 * 10**15}),
+        (ModelConfig, {"blocks_per_level": 200_000}),
+        (ModelConfig, {"channel_multipliers": (1,) * 20}),
+        (ModelConfig, {"channel_multipliers": (1, 10**9)}),
         (ModelConfig, {"image_channels": 0}),
         (ModelConfig, {"mask_channels": -1}),
         (ModelConfig, {"base_channels": 12}),
