@@ -31,7 +31,7 @@ from client.contract import (
 )
 from client.personalisation import sent_shapes
 from medsegdiff.errors import UserError
-from medsegdiff.files import write_atomic
+from medsegdiff.files import clear_partials, write_atomic
 from medsegdiff.weights import hash_weights, read_tensors
 
 log = logging.getLogger("medsegfed.site")
@@ -57,6 +57,7 @@ class Outbox:
             kept = {PACKED: torch.from_numpy(np.frombuffer(sent.data, np.uint8).copy())}
         else:
             kept = {name: value.contiguous() for name, value in delta.items()}
+        clear_partials(self.folder / update.run)  # of an update each, left by whoever was killed while writing
         write_atomic(self._path(update.run, update.round), save(kept, metadata=metadata))
         self._enter(update)  # after it: a disk that is full for an hour must not use the trainings up
 

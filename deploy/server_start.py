@@ -35,6 +35,7 @@ from deploy.gateway import (
 from deploy.health import HealthServer, probe
 from deploy.keeper import RunKeeper
 from deploy.metrics import serve_metrics
+from deploy.ports import listen_addresses
 from deploy.processes import GIVE_BACK, LOOPBACK, answers_https, environment, shared_secret, teller
 from deploy.renewal_service import serve_renewals
 from deploy.server_certificate import ServerCertificate
@@ -128,6 +129,7 @@ class Server:
             crl=federation.ca_crl.absolute(),
             certificate=federation.server_crt.absolute(),
             key=federation.server_key.absolute(),
+            addresses=listen_addresses(),
             body_mib=config.limits.body_mib,
             connections_per_site=config.limits.connections_per_site,
             requests_per_second=config.limits.requests_per_second,

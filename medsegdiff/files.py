@@ -47,6 +47,14 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
         ) from error
 
 
+def clear_partials(folder: Path) -> None:
+    """Remove what `write_atomic` left half-written in a folder when its process was killed; living ones keep theirs."""
+    for path in folder.glob(".*.partial"):
+        number = path.name.split(".")[-2]
+        if number.isdigit() and path.is_file() and not Path(f"/proc/{number}").exists():
+            path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into that becomes `out` when all went well and vanishes otherwise.

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from medsegdiff.errors import UserError
-from medsegdiff.files import write_atomic
+from medsegdiff.files import clear_partials, write_atomic
 from medsegdiff.strict import canonical_json
 from medsegdiff.weights import hash_packed, hash_weights, read_tensors
 
@@ -87,6 +87,7 @@ class CheckpointStore:
             tensors |= memory
         metadata["seal"] = _seal(metadata)
         data = save({name: value.contiguous() for name, value in tensors.items()}, metadata=metadata)
+        clear_partials(self.folder)  # of a model each: many kills while writing would fill the disk
         write_atomic(self._path(checkpoint.round), data)
         for path in self._paths()[KEPT:]:
             path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -205,3 +206,18 @@ def test_a_model_that_travels_is_in_memory_once(store) -> None:
         tracemalloc.stop()
     assert len(found) == 2**23
     assert peak < 1.7 * 2**23
+
+
+def test_what_a_kill_left_half_written_goes_with_the_next_commit(tmp_path: Path) -> None:
+    """Each is as large as the model; a process that is writing keeps its own."""
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(checkpoint(1))
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = store.folder / f".round-000002.safetensors.{dead.pid}.partial"
+    living = store.folder / ".round-000002.safetensors.1.partial"
+    for path in (left, living):
+        path.write_bytes(b"half")
+    store.save(checkpoint(2))
+    assert not left.exists()
+    assert living.exists()
