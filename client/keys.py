@@ -52,6 +52,7 @@ __all__ = ["Membership", "SiteKeys", "certificate_days_left", "node_key_header"]
 
 KEY_FILES = ("node.key", "node.pub", "signing.key", "names.key", "tls.pem")
 KIT_FILES = ("federation.json", "ca.crt", "tls.pem")
+ROOM = 32 * 1024  # bytes: more than a key and its certificates take
 SECRET = 0o600
 
 _STAGED = ".kit"
@@ -253,6 +254,12 @@ class SiteKeys:
             for name in KIT_FILES:
                 write_atomic(partial / name, files[name], SECRET)
         _finish_installation(self.folder)
+
+    def require_room(self) -> None:
+        """Raise UserError when the disk would refuse a renewed pair: nothing should be asked of a server then."""
+        room = self.tls_file.with_name(".room")
+        write_atomic(room, bytes(ROOM), SECRET)
+        room.unlink()
 
     def replace_pair(self, key: ec.EllipticCurvePrivateKey, certificate: bytes) -> None:
         """A renewed TLS key and its certificate (PEM) take the place of the old pair in one step."""

@@ -99,6 +99,7 @@ def renew_site(site_folder: Path, now: datetime | None = None) -> Renewed:
             "a valid one can be renewed over the network. Run medsegfed join and send the request to the coordinator; "
             "the keys stay."
         )
+    keys.require_room()  # each answer is a certificate more at the server, which gives out so many and no more
     key = new_tls_key()
     said = {
         "kind": RENEWAL,
