@@ -34,6 +34,25 @@ app.add_typer(data_app, name="data")
 app.add_typer(cli_federation.app)
 app.add_typer(cli_privacy.app)
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        names = ("medsegfed", "flwr", "torch", "opacus")
+        typer.echo(" · ".join(f"{name} {version(name)}" for name in names))
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Versions, and nothing else.")
+    ] = False,
+) -> None:
+    """Hospitals train one medical image segmenter together; no image leaves its hospital."""
+
+
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of the dataset that the recipe names.")]
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from medsegdiff.errors import EXIT_CODE, UserError
+from medsegdiff.errors import UserError
 from server.membership import FEDERATION
 
 app = typer.Typer(no_args_is_help=True)
@@ -363,22 +363,28 @@ def audit_verify(
 ) -> None:
     """Whether the audit log is whole: no line edited, deleted, inserted, moved or cut off.
 
+    Exit code 0: it is. 1: it is not; --json then holds the fault.
+
     Example: medsegfed audit verify --anchor 9f31...
     """
     import json
 
-    from medsegdiff.chained_log import AUDIT_LOG, audit_report, verify_log
+    from medsegdiff.chained_log import AUDIT_LOG, LogDamaged, audit_report, verify_log
 
     place, _ = _place(folder)
     path = place / AUDIT_LOG
     if as_json:
-        found = verify_log(path, anchor)
-        typer.echo(json.dumps({"lines": found.lines, "head": found.head}))
+        try:
+            found = verify_log(path, anchor)
+        except LogDamaged as error:
+            typer.echo(json.dumps({"whole": False, "fault": str(error)}, ensure_ascii=False))
+            raise typer.Exit(1) from error
+        typer.echo(json.dumps({"whole": True, "lines": found.lines, "head": found.head}))
         return
     whole, lines = audit_report(path, anchor)
     typer.echo("\n".join(lines))
     if not whole:
-        raise typer.Exit(EXIT_CODE)
+        raise typer.Exit(1)
 
 
 def _me() -> str:

@@ -189,14 +189,18 @@ def verify_log(path: Path, anchor: str | None = None) -> Verified:
 
 
 def audit_report(path: Path, anchor: str | None = None) -> tuple[bool, list[str]]:
-    """Whether the log is sound, and lines for a person: counts, times, head, and OK or the fault."""
+    """Whether the log is sound, and lines for a person: counts, times, head, and OK or the fault.
+
+    Raises:
+        UserError: `anchor` is no head, or the file cannot be read: that says nothing of the log.
+    """
     walk = _Walk()
     try:
         walk.run(path, anchor)
         verdict = "OK: no line was changed, removed, added or moved" + (
             "; the head noted elsewhere is among them." if anchor else "."
         )
-    except UserError as error:
+    except LogDamaged as error:
         verdict = f"FAULT: {error}"
     seen, sound = walk.seen, "" if verdict.startswith("OK") else " sound ones before the fault"
     lines = [f"log         {path}", f"lines       {seen.lines:,}{sound}"]
