@@ -78,6 +78,7 @@ def _evaluate(
     found = evaluate_cases(segmenter, cases, sampling, seed, tolerance_mm, watch)
     result = {
         "model": str(model), "folder": str(folder), "dataset": card.dataset.name, "split": split,
+        "split_note": None if split == "all" else SPLIT_NOTE,
         "members": sampling.members, "surface_tolerance_mm": tolerance_mm,
         "patients": [_plain(patient, found) for patient in found.patients],
         "summary": summarise(found.patients)
@@ -88,6 +89,12 @@ def _evaluate(
         "left_out": faults,
     }  # fmt: skip
     return result, gallery.pictures() | {"reliability.png": draw_reliability(found.calibration)} if watch else {}
+
+
+SPLIT_NOTE = (
+    "This split is the one of medsegfed train. A model of a simulation or a federation may have been trained on "
+    "patients of it: score such a model on patients that it never saw."
+)
 
 
 def _cases(
@@ -183,6 +190,8 @@ def scores_table(result: Mapping[str, Any]) -> Table:
     notes = [_target_line(result, target) for target in targets]
     if result["left_out"]:
         notes.append(f"{len(result['left_out'])} cases are left out: {result['left_out'][0]['reason']}")
+    if result["split_note"]:
+        notes.append(result["split_note"])
     table.caption = "\n".join(notes) or None
     return table
 

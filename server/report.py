@@ -312,7 +312,7 @@ def _settings(report: Report) -> list[tuple[str, str]]:
     )
     pairs = [
         ("Strategy", f"{report.strategy['name']}" + (f" ({strategy})" if strategy else "")),
-        ("Rounds", str(report.rounds)),
+        ("Rounds", text.rounds_count(report)),
         ("Local steps a round", text.count_text(report.local_steps)),
         ("Seed", str(report.seed)),
         ("Engine", report.engine),

@@ -145,7 +145,7 @@ class Traffic(Strict):
 
 @dataclass(frozen=True)
 class Progress(Strict):
-    """How far the run of a federation has come; a simulation is reported when all is done."""
+    """How far a run has come. Simulations are reported at their end alone, which may come before the last round."""
 
     state: RunState
     committed: Count  # rounds whose model stands

@@ -113,7 +113,7 @@ def headline(report: Report) -> str:
     """What came of the run, in one paragraph: every loss stands beside the gains, at the same size."""
     progress = report.unfinished
     if progress is None:
-        return _result(report, f"After {plural(report.rounds, 'round')}")
+        return _result(report, f"After {rounds_run(report)}")
     if not progress.committed:
         return f"{STATES[progress.state]} Of {plural(report.rounds, 'round')}, none is committed yet."
     if progress.scored is None:
@@ -125,6 +125,23 @@ def headline(report: Report) -> str:
     if later:
         text += f" Round {rounds_text(later)} stands as well and is not scored yet."
     return text
+
+
+def rounds_count(report: Report) -> str:
+    """ "10", or "3 of 10" of a run that has not come to its end, or ended early."""
+    told = report.progress
+    early = told is not None and (told.state != "finished" or told.committed < report.rounds)
+    return f"{told.committed} of {report.rounds}" if told is not None and early else str(report.rounds)
+
+
+def rounds_run(report: Report) -> str:
+    """Rounds of a run that is over: "10 rounds", or "3 of 10 rounds (the model is round 1's)" where it ended early."""
+    told = report.progress
+    if told is None:
+        return plural(report.rounds, "round")
+    early = f"{told.committed} of " if told.committed < report.rounds else ""
+    another = f" (the model is round {told.scored}'s)" if told.scored not in (None, told.committed) else ""
+    return f"{early}{plural(report.rounds, 'round')}{another}"
 
 
 def _result(report: Report, when: str) -> str:
@@ -215,7 +232,7 @@ def key_figures(report: Report) -> list[KeyFigure]:
         _patients_figure(report),
         KeyFigure(
             "Rounds",
-            f"{report.unfinished.committed} of {report.rounds}" if report.unfinished else str(report.rounds),
+            rounds_count(report),
             f"of {plural(report.local_steps, 'local step')}" if report.local_steps is not None else "",
         ),
         KeyFigure("Weights sent up", bytes_text(report.bytes.up), f"down: {bytes_text(report.bytes.down)}"),

@@ -28,7 +28,7 @@ class Display:
     """
 
     def __init__(self, console: Console, rounds: int, units: float, case_units: float, round_units: float) -> None:
-        self.arm = "federated"
+        self._arm = "federated"
         self._console = console
         self._rounds = rounds
         self._units = units
@@ -40,6 +40,15 @@ class Display:
         self._started = self._told = time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
+
+    @property
+    def arm(self) -> str:
+        """What is worked on: federated, local-SITE, pooled, scoring."""
+        return self._arm
+
+    @arm.setter
+    def arm(self, name: str) -> None:
+        self._arm, self._loss, self._dice = name, None, None  # figures of the arm before would be taken for this one's
 
     def skip(self, units: float) -> None:
         """Count work that an earlier session did."""

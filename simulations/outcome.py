@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,16 @@ from server.outcome import (
     selection_notes,
 )
 from server.report import Example, write_report
-from server.rounds import absences, history, released_round, site_seconds, spent_privacy, traffic, working_seconds
+from server.rounds import (
+    absences,
+    committed_rounds,
+    history,
+    released_round,
+    site_seconds,
+    spent_privacy,
+    traffic,
+    working_seconds,
+)
 from server.summary import hardware, software
 from simulations.recipe import Recipe
 
@@ -119,12 +128,14 @@ def write_outcome(
     examples = example_cases(sites, plan, weights)
     report = {
         **describe_run(plan),
+        "progress": {"state": "finished", "committed": len(committed_rounds(events)), "scored": released_round(events)},
         "arms": {arm: _over_sites(scores, sites, arm) for arm in ARMS if _present(arm, scores)},
         "sites": {name: _site_row(name, site, plan, scores, events) for name, site in sites.items()},
         "history": history(events),
         "cross_site": _cross_site(scores, sites),
         "notes": [
             *_notes(recipe),
+            *_arm_notes(plan, scores, sites),
             *privacy_notes(plan, events),
             *personal_notes(plan),
             *sampling_notes(plan, events),
@@ -149,7 +160,35 @@ def _present(arm: str, scores: Mapping[str, SiteScores]) -> bool:
 
 
 def _over_sites(scores: Mapping[str, SiteScores], sites: Mapping[str, Site], arm: str) -> dict[str, float | None]:
-    return arm_score([scores[_model_of(arm, name)].get(name, {}).get("dice") for name in sites])
+    """Mean and worst of an arm, over the sites that every compared arm has scores of."""
+    return arm_score([scores[_model_of(arm, name)].get(name, {}).get("dice") for name in _compared(scores, sites)])
+
+
+def _compared(scores: Mapping[str, SiteScores], sites: Iterable[str]) -> list[str]:
+    """The sites that are scored in all of federated, local and pooled training, as far as these were carried out."""
+    arms = [arm for arm in ("federated", "local", "pooled") if _present(arm, scores)]
+
+    def scored(arm: str, site: str) -> bool:
+        return scores[_model_of(arm, site)].get(site, {}).get("dice") is not None
+
+    return [site for site in sites if all(scored(arm, site) for arm in arms)] or list(sites)
+
+
+def _arm_notes(plan: RunPlan, scores: Mapping[str, SiteScores], sites: Iterable[str]) -> list[str]:
+    """What a reader of the comparison would otherwise take for granted."""
+    notes = []
+    left_out = sorted(set(sites) - set(_compared(scores, sites)))
+    if left_out:
+        notes.append(
+            f"Not scored in every arm, and left out of all means and worst sites: {', '.join(left_out)} (suspended, or "
+            "its scoring failed)."
+        )
+    if plan.task.privacy is not None and (_present("local", scores) or _present("pooled", scores)):
+        notes.append(
+            "Local-only and pooled training were without privacy: no noise, and all weights trained. The comparison "
+            "shows what privacy costs, not what a site could do alone with the same promise to its patients."
+        )
+    return notes
 
 
 def _site_row(

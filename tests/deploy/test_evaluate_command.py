@@ -80,6 +80,7 @@ def test_the_table_ends_in_the_folder(medsegfed, model, tiny_source, tmp_path) -
         assert code == 0
         assert printed.strip().endswith(f"Scores and pictures: {out}")
         assert f"surface Dice at {tolerance} mm" in " ".join(printed.split())
+        assert "the one of medsegfed train" in " ".join(printed.split())  # a simulation's model may know its patients
         (mean,) = json.loads((out / "scores.json").read_text())["summary"]["by_target"].values()
         found.append(mean["surface_dice"])
     assert found[0] < found[1]

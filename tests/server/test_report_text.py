@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from report_sample import sample_report
 
 from server.report_schema import parse_report
-from server.report_text import bytes_text, difference, duration_text, headline, rounds_text
+from server.report_text import bytes_text, difference, duration_text, headline, rounds_count, rounds_text
 
 
 def headline_of(report: dict[str, Any]) -> str:
@@ -98,3 +98,23 @@ def test_difference_is_what_a_reader_subtracts(ours: float, theirs: float) -> No
 def test_quantities_read_as_a_person_writes_them(written: str, due: str) -> None:
     """Bytes, and seconds at the borders between units."""
     assert written == due
+
+
+@pytest.mark.parametrize(
+    ("committed", "model_of", "when", "count"),
+    [
+        (10, 10, "After 10 rounds over", "10"),
+        (10, 7, "After 10 rounds (the model is round 7's) over", "10"),
+        (3, 1, "After 3 of 10 rounds (the model is round 1's) over", "3 of 10"),
+        (3, None, "After 3 of 10 rounds over", "3 of 10"),
+    ],
+)
+def test_a_run_that_ended_early_names_the_rounds_that_were_run(
+    committed: int, model_of: int | None, when: str, count: str
+) -> None:
+    """Not the plan's; and the round whose model is handed out, where that is another one."""
+    report = with_scores(federated=(0.8, 0.7), local=(0.7, 0.6)) | {
+        "rounds": 10, "history": [], "progress": {"state": "finished", "committed": committed, "scored": model_of},
+    }  # fmt: skip
+    assert headline_of(report).startswith(when)
+    assert rounds_count(parse_report(report)) == count

@@ -46,3 +46,19 @@ def test_a_single_bar_is_silent_without_a_terminal(capsys) -> None:
     with single_bar("segment"):
         report(Progress("segment", 1, 2))
     assert capsys.readouterr() == ("", "")
+
+
+def test_another_arm_does_not_show_the_figures_of_the_one_before() -> None:
+    """The federation's Dice beside a local training would be taken for the local model's."""
+    out = io.StringIO()
+    display = Display(
+        Console(file=out, width=200, color_system=None), rounds=4, units=10, case_units=0.5, round_units=2
+    )
+    with display.live():
+        report(Progress("round", 4, 4, round=4, loss=0.125, dice=0.75))
+        display.arm = "local-alder"
+        report(Progress("round", 4, 4, "local-alder"))
+    last = out.getvalue().splitlines()[-1]
+    assert last.startswith("local-alder")
+    assert "Dice" not in last
+    assert "loss" not in last
