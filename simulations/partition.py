@@ -89,8 +89,8 @@ def _count_foreground(case: Case, config: DatasetConfig) -> tuple[int, int]:
 def partition_patients(patients: Sequence[Patient], config: PartitionConfig, seed: int) -> Partition:
     """Deal the patients out: site name -> sorted patient ids.
 
-    Sources: label skew by Dirichlet proportions over the sites for each class, Yurochkin et al. 2019 (arXiv 1905.12022),
-    here over quantile bins of the foreground size; quantity skew, Li et al. 2021 (arXiv 2102.02079).
+    Sources: label skew by Dirichlet proportions over the sites for each class, Yurochkin et al. 2019 (arXiv
+    1905.12022), here over quantile bins of the foreground size; quantity skew, Li et al. 2021 (arXiv 2102.02079).
 
     Guarantees:
         Every patient is in exactly one site and no site is empty. Where the patients suffice, `dirichlet` and
