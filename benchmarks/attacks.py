@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -100,13 +101,15 @@ def prepare_world(kind: str, folder: Path, run: RunRequest, seed: int = 0) -> tu
 def carry_out(plan: RunPlan, malicious: str, attack: Attack, rule: str, folder: Path, world: Path) -> dict[str, Any]:
     """One run; its Dice over the honest sites, in how many rounds the malicious one counted, and seconds."""
     strategy, screening = RULES[rule]
-    done = folder / "cell.json"
-    if done.exists():
+    plan = replace(plan, strategy=strategy, screening=screening)
+    done, text = folder / "cell.json", dump_yaml(plan)
+    if done.exists() and (folder / "run.yaml").read_text() == text:
         found: dict[str, Any] = json.loads(done.read_text())
         return found
+    if done.exists():  # of other rounds or steps, carried out into the same folder
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plan = replace(plan, strategy=strategy, screening=screening)
-    write_atomic(folder / "run.yaml", dump_yaml(plan).encode())
+    write_atomic(folder / "run.yaml", text.encode())
     os.environ["MEDSEGFED_WORLD"] = str(world.resolve())
     app = Malicious(client_app, attack, list(plan.roster).index(malicious))
     began, failed = time.perf_counter(), None

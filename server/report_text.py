@@ -174,7 +174,7 @@ def _personalised(report: Report) -> str:
     if mean is None:
         return ""
     at_worst = f", {dice_text(worst)} at the worst site" if worst is not None else ""
-    return f" The sites' own second models, trained on from it, reach {dice_text(mean)}{at_worst}."
+    return f" The sites' own second models, which stay with them, reach {dice_text(mean)}{at_worst}."
 
 
 def _no_comparison() -> str:

@@ -136,6 +136,7 @@ def write_outcome(
         "notes": [
             *_notes(recipe),
             *_arm_notes(plan, scores, sites),
+            *_step_notes(plan, scores, events),
             *privacy_notes(plan, events),
             *personal_notes(plan),
             *sampling_notes(plan, events),
@@ -189,6 +190,22 @@ def _arm_notes(plan: RunPlan, scores: Mapping[str, SiteScores], sites: Iterable[
             "shows what privacy costs, not what a site could do alone with the same promise to its patients."
         )
     return notes
+
+
+def _step_notes(plan: RunPlan, scores: Mapping[str, SiteScores], events: Sequence[Event]) -> list[str]:
+    """Where sites were sampled, away or left out, or the run ended early: the other arms had more training."""
+    if not (_present("local", scores) or _present("pooled", scores)):
+        return []
+    task, rounds = plan.task, committed_rounds(events)
+    counted = {site: sum(site in event["accepted"] for event in rounds) for site in plan.roster}
+    fewer = [f"{site} {n * task.local_steps}" for site, n in sorted(counted.items()) if n < task.rounds]
+    if not fewer:
+        return []
+    due = task.rounds * task.local_steps
+    return [
+        f"Local-only training took {due} steps a site, pooled training {due * len(plan.roster)}; in the federation "
+        f"fewer counted: {', '.join(fewer)}. The arms did not do the same work."
+    ]
 
 
 def _site_row(

@@ -37,4 +37,7 @@ def test_a_cell_is_a_federation_with_a_liar(tmp_path: Path, monkeypatch) -> None
     assert 0 <= cell["dice"] <= 1
     kept = carry_out_cell(plan, malicious, "none", rule, tmp_path / "cell", tmp_path / "nowhere")
     assert kept == cell  # not carried out again
+    shorter, _ = prepare_world("skewed", tmp_path, request(1, 1))
+    again = carry_out_cell(shorter, malicious, "nan", rule, tmp_path / "cell", tmp_path / "skewed" / "honest")
+    assert again["rounds"] == 1  # another plan's figures are not taken for this one's
     assert set(RULES) > {"mean", rule}

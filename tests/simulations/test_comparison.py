@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from simulations.outcome import _arm_notes, _over_sites
+from simulations.outcome import _arm_notes, _over_sites, _step_notes
 
 SITES: Any = dict.fromkeys(("alder", "birch", "cedar"))
 
@@ -39,3 +39,16 @@ def test_a_private_run_says_that_the_other_arms_are_not() -> None:
     found = scores(alder=0.7, birch=0.8, cedar=0.3)
     (note,) = _arm_notes(SimpleNamespace(task=SimpleNamespace(privacy=object())), found, SITES)  # type: ignore[arg-type]
     assert "without privacy" in note
+
+
+def test_steps_that_did_not_count_are_told() -> None:
+    """A site that was away for a round of three: its local model had more training than the federation got from it."""
+    plan: Any = SimpleNamespace(task=SimpleNamespace(rounds=3, local_steps=10), roster=dict.fromkeys(SITES))
+    rounds: Any = [{"event": "round", "round": n, "accepted": dict.fromkeys(SITES)} for n in (1, 2, 3)]
+    found = scores(alder=0.7, birch=0.8, cedar=0.3)
+    assert _step_notes(plan, found, rounds) == []
+    del rounds[1]["accepted"]["birch"]
+    (note,) = _step_notes(plan, found, rounds)
+    assert "30 steps a site, pooled training 90" in note
+    assert "fewer counted: birch 20." in note
+    assert _step_notes(plan, {"federated": found["federated"]}, rounds) == []
