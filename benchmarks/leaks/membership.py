@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from benchmarks.leaks.people import People
 from client.privacy.accounting import LARGEST_DELTA, LEAST_DELTA, Mechanism, epsilon
@@ -105,13 +106,20 @@ def tpr_at(members: Array, others: Array, rate: float = FALSE_POSITIVES) -> floa
 
 
 def success(members: Array, others: Array, seed: int = 0, resamples: int = 1000) -> Success:
-    """Both figures with 95 % intervals over resampled patients, members and others each among themselves."""
+    """Both figures with 95 % intervals over resampled patients, members and others each among themselves.
+
+    Resampling knows nothing of patients that were not hit: with no hit it would give 0 to 0. The interval of the hits
+    is therefore never narrower than the exact one of their share (Clopper and Pearson 1934).
+    """
     generator = np.random.default_rng(seed)
     drawn = [(generator.choice(members, len(members)), generator.choice(others, len(others))) for _ in range(resamples)]
     areas, rates = [auc(*pair) for pair in drawn], [tpr_at(*pair) for pair in drawn]
     ends = [*np.quantile(areas, (0.025, 0.975)), *np.quantile(rates, (0.025, 0.975))]
     low, high, tpr_low, tpr_high = (float(end) for end in ends)
-    return Success(auc(members, others), low, high, tpr_at(members, others), tpr_low, tpr_high)
+    rate = tpr_at(members, others)
+    exact = binomtest(round(rate * len(members)), len(members)).proportion_ci(0.95, "exact")
+    tpr_low, tpr_high = min(tpr_low, float(exact.low)), max(tpr_high, float(exact.high))
+    return Success(auc(members, others), low, high, rate, tpr_low, tpr_high)
 
 
 def bounded_tpr(curve: Callable[[float], float], rate: float = FALSE_POSITIVES) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import norm
+from scipy.stats import beta, norm
 from torch import Tensor, nn
 
 from benchmarks.leaks.membership import (
@@ -70,6 +70,16 @@ def test_random_scores_tell_nothing() -> None:
     shifted = success(members + 1, others)
     assert shifted.auc_low > 0.5
     assert shifted.auc == pytest.approx(norm.cdf(1 / math.sqrt(2)), abs=0.04)
+
+
+@pytest.mark.parametrize(("hits", "high"), [(0, 0.0377), (1, 0.0567), (96, 1.0)])
+def test_no_hit_is_no_proof_that_there_is_none(hits: int, high: float) -> None:
+    """Of 96 members: the exact interval's upper ends (scipy's own quantiles of the beta distribution)."""
+    others = np.linspace(0, 1, 800)
+    found = success(np.r_[np.full(hits, 2.0), np.full(96 - hits, -1.0)], others)
+    assert found.tpr == hits / 96
+    assert found.tpr_high == pytest.approx(high if hits == 96 else beta.ppf(0.975, hits + 1, 96 - hits))
+    assert found.tpr_high == pytest.approx(high, abs=1e-3)
 
 
 class Memory(MedSegDiff):
