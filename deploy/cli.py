@@ -50,7 +50,7 @@ def root(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Versions, and nothing else.")
     ] = False,
 ) -> None:
-    """Hospitals train one medical image segmenter together; no image leaves its hospital."""
+    """What may stand before the verb."""
 
 
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of the dataset that the recipe names.")]

@@ -12,12 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 
 from deploy.control import Control
 from deploy.federation import Federation
+from deploy.processes import Events
 from deploy.runs import has_ended, next_run, wanted
 from medsegdiff.errors import UserError
 from server.journal import read_events
@@ -31,8 +31,6 @@ LONGEST_SECONDS = 60.0
 STOP_SECONDS = 30.0  # a ServerApp that was asked to stop and has not: Flower ends it
 GONE_SECONDS = 3.0  # without a ServerApp's process: Flower itself notices after 43 to 58 s
 UNSEEN_SECONDS = 60.0  # the same, of a ServerApp that is only starting
-
-Events = Callable[[str, dict[str, Any]], None]
 
 
 class RunKeeper:
@@ -132,13 +130,11 @@ class RunKeeper:
         try:
             # A run that the coordinator stopped and asked for again at once is wanted, but nothing of it was lost.
             going_on = wanted(folder) and not has_ended(folder, self._events)
-        except UserError as error:  # a damaged journal: once its ServerApp has ended, it holds up nothing else
-            if found is not None and found.status != "finished" and not self._serverapp_gone(found.status):
-                return False
-            if found is not None and found.status != "finished":
-                control.stop(run_id)
-            self.tell("run_ended", {"run": folder.name, "reason": str(error)})
-            return True
+            damage = {}
+        except (
+            UserError
+        ) as error:  # a damaged journal: nothing goes on with it, and once Flower's run is over others do
+            going_on, damage = False, {"reason": str(error)}
         reason = "the SuperLink was started anew" if found is None else f"its ServerApp ended: {found.detail[:200]}"
         if found is not None and found.status != "finished":
             if _asked_to_stop(folder) > STOP_SECONDS:
@@ -158,7 +154,7 @@ class RunKeeper:
             self.tell("run_lost", {"run": folder.name, "reason": reason})
         else:
             self._pause = AGAIN_SECONDS
-            self.tell("run_ended", {"run": folder.name})
+            self.tell("run_ended", {"run": folder.name, **damage})
         return True
 
     def _serverapp_gone(self, status: str) -> bool:

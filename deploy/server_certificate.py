@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 
 from client.certificates import days_left, read_certificate
 from deploy.federation import Federation
+from deploy.processes import Events
 from deploy.renewal import renew_server, renewal_due
 from deploy.runs import next_run
 
@@ -32,7 +32,7 @@ class ServerCertificate:
         federation: Federation,
         apply: Callable[[], None],
         restart_superlink: Callable[[], None],
-        tell: Callable[[str, dict[str, Any]], None],
+        tell: Events,
     ) -> None:
         self.federation, self.apply, self.restart_superlink, self.tell = federation, apply, restart_superlink, tell
         self._seen = _stamp(federation.server_crt)

@@ -14,9 +14,8 @@ import logging
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from client.certificates import node_key_header
 from deploy import guard
@@ -36,7 +35,7 @@ from deploy.health import HealthServer, probe
 from deploy.keeper import RunKeeper
 from deploy.metrics import serve_metrics
 from deploy.ports import listen_addresses
-from deploy.processes import GIVE_BACK, LOOPBACK, answers_https, environment, shared_secret, teller
+from deploy.processes import GIVE_BACK, LOOPBACK, Events, answers_https, environment, shared_secret, teller
 from deploy.renewal_service import serve_renewals
 from deploy.server_certificate import ServerCertificate
 from deploy.supervisor import Supervisor, hold
@@ -45,8 +44,6 @@ from medsegdiff.errors import UserError
 log = logging.getLogger("medsegfed.supervisor")
 
 MEMORY_MIB = 16_384  # of the SuperLink: an authenticated site can fill it in steps of 8 MiB; beyond it is started anew
-
-Events = Callable[[str, dict[str, Any]], None]
 
 
 class Server:

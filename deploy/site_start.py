@@ -13,16 +13,14 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from client.certificates import days_left
 from client.keys import SiteKeys
 from client.site import SiteConfig
 from deploy.child import Child
 from deploy.health import probe
-from deploy.processes import GIVE_BACK, LOOPBACK, environment, free_ports, shared_secret, teller
+from deploy.processes import GIVE_BACK, LOOPBACK, Events, environment, free_ports, shared_secret, teller
 from deploy.renewal import renew_site, renewal_due
 from deploy.supervisor import Supervisor, hold
 from medsegdiff.errors import UserError
@@ -31,7 +29,6 @@ from medsegdiff.strict import read_config
 log = logging.getLogger("medsegfed.supervisor")
 
 RENEW_LOOK_SECONDS = 600.0  # between looks at the certificate's age; shorter for certificates of less than a day
-Events = Callable[[str, dict[str, Any]], None]
 
 
 def open_site_folder(folder: Path) -> tuple[SiteConfig, SiteKeys]:

@@ -30,6 +30,7 @@ from typing import Any
 from deploy import guard
 from deploy.child import Backoff, Child, Life, guarded, wall_clock
 from deploy.logfiles import rotate_log
+from deploy.processes import Events
 from medsegdiff.errors import UserError
 from medsegdiff.files import write_atomic
 
@@ -41,8 +42,6 @@ SCAN_SECONDS = 5.0  # between looks at who belongs to which session: reads all o
 READY_SECONDS = 0.5  # between questions whether a starting child is ready
 UNKILLABLE_SECONDS = 10.0  # after SIGKILL: whoever is still there waits for a broken device, and nobody can end it
 HEALTHY_SECONDS = 60.0  # after that much health the pauses begin from the shortest again
-
-Events = Callable[[str, dict[str, Any]], None]
 
 
 class Supervisor:

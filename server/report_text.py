@@ -135,12 +135,12 @@ def rounds_count(report: Report) -> str:
 
 
 def rounds_run(report: Report) -> str:
-    """Rounds of a run that is over: "10 rounds", or "3 of 10 rounds (the model is round 1's)" where it ended early."""
+    """Rounds of a run that is over: "10 rounds"; where it ended early, "3 of 10 rounds (scores of round 1's model)"."""
     told = report.progress
     if told is None:
         return plural(report.rounds, "round")
     early = f"{told.committed} of " if told.committed < report.rounds else ""
-    another = f" (the model is round {told.scored}'s)" if told.scored not in (None, told.committed) else ""
+    another = f" (scores of round {told.scored}'s model)" if told.scored not in (None, told.committed) else ""
     return f"{early}{plural(report.rounds, 'round')}{another}"
 
 

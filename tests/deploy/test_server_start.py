@@ -18,17 +18,17 @@ def test_the_gateway_listens_where_the_machine_does(
 ) -> None:
     """A host that sites reach over IPv6 alone is certified and written into kits: the port must be open there."""
     monkeypatch.setattr(server_start, "require_programs", lambda: Nginx("/usr/sbin/nginx", (1, 22, 1)))
-    monkeypatch.setattr(server_start, "install_config", lambda state, text: state / "nginx.conf")
     monkeypatch.setattr(server_start, "listen_addresses", lambda: addresses)
-    told: list[dict[str, object]] = []
-    render = server_start.render_nginx
+    written: list[str] = []
 
-    def rendered(**given: object) -> str:
-        told.append(given)
-        return render(**given)  # type: ignore[arg-type]
+    def install(state: Path, text: str) -> Path:
+        written.append(text)
+        return state / "nginx.conf"
 
-    monkeypatch.setattr(server_start, "render_nginx", rendered)
+    monkeypatch.setattr(server_start, "install_config", install)
     federation = new_federation(tmp_path / "federation")
     federation.state.mkdir(exist_ok=True)
     Server(federation, lambda event, facts: None)
-    assert told[0]["addresses"] == addresses
+    port = federation.config.port
+    listening = [line.strip() for line in written[0].splitlines() if f":{port} ssl" in line]
+    assert listening == [f"listen {address}:{port} ssl;" for address in addresses]

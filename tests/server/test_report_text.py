@@ -104,15 +104,15 @@ def test_quantities_read_as_a_person_writes_them(written: str, due: str) -> None
     ("committed", "model_of", "when", "count"),
     [
         (10, 10, "After 10 rounds over", "10"),
-        (10, 7, "After 10 rounds (the model is round 7's) over", "10"),
-        (3, 1, "After 3 of 10 rounds (the model is round 1's) over", "3 of 10"),
+        (10, 7, "After 10 rounds (scores of round 7's model) over", "10"),
+        (3, 1, "After 3 of 10 rounds (scores of round 1's model) over", "3 of 10"),
         (3, None, "After 3 of 10 rounds over", "3 of 10"),
     ],
 )
 def test_a_run_that_ended_early_names_the_rounds_that_were_run(
     committed: int, model_of: int | None, when: str, count: str
 ) -> None:
-    """Not the plan's; and the round whose model is handed out, where that is another one."""
+    """Not the plan's; and the round whose model was scored, where that is another one."""
     report = with_scores(federated=(0.8, 0.7), local=(0.7, 0.6)) | {
         "rounds": 10, "history": [], "progress": {"state": "finished", "committed": committed, "scored": model_of},
     }  # fmt: skip

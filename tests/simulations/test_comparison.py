@@ -12,6 +12,12 @@ from simulations.outcome import _arm_notes, _over_sites, _step_notes
 SITES: Any = dict.fromkeys(("alder", "birch", "cedar"))
 
 
+def plan(privacy: object = None) -> Any:
+    """As much of a run's plan as the notes read."""
+    task = SimpleNamespace(privacy=privacy, rounds=3, local_steps=10)
+    return SimpleNamespace(task=task, roster=dict.fromkeys(SITES))
+
+
 def scores(**federated: float | None) -> Any:
     local = {"alder": 0.5, "birch": 0.6, "cedar": 0.1}
     models = {f"local-{site}": {site: {"dice": value}} for site, value in local.items()}
@@ -23,7 +29,7 @@ def test_a_site_without_a_score_is_left_out_of_every_arm() -> None:
     found = scores(alder=0.7, birch=0.8)
     assert _over_sites(found, SITES, "federated") == {"mean": 0.75, "worst": 0.7}
     assert _over_sites(found, SITES, "local") == {"mean": 0.55, "worst": 0.5}
-    (note,) = _arm_notes(SimpleNamespace(task=SimpleNamespace(privacy=None)), found, SITES)  # type: ignore[arg-type]
+    (note,) = _arm_notes(plan(), found, SITES)
     assert "left out of all means and worst sites: cedar" in note
 
 
@@ -31,24 +37,23 @@ def test_all_sites_count_where_all_are_scored() -> None:
     """Nothing is left out, and nothing noted."""
     found = scores(alder=0.7, birch=0.8, cedar=0.3)
     assert _over_sites(found, SITES, "local") == {"mean": pytest.approx(0.4), "worst": 0.1}
-    assert _arm_notes(SimpleNamespace(task=SimpleNamespace(privacy=None)), found, SITES) == []  # type: ignore[arg-type]
+    assert _arm_notes(plan(), found, SITES) == []
 
 
 def test_a_private_run_says_that_the_other_arms_are_not() -> None:
     """Its gain or loss is what privacy costs, too."""
     found = scores(alder=0.7, birch=0.8, cedar=0.3)
-    (note,) = _arm_notes(SimpleNamespace(task=SimpleNamespace(privacy=object())), found, SITES)  # type: ignore[arg-type]
+    (note,) = _arm_notes(plan(privacy=object()), found, SITES)
     assert "without privacy" in note
 
 
 def test_steps_that_did_not_count_are_told() -> None:
     """A site that was away for a round of three: its local model had more training than the federation got from it."""
-    plan: Any = SimpleNamespace(task=SimpleNamespace(rounds=3, local_steps=10), roster=dict.fromkeys(SITES))
     rounds: Any = [{"event": "round", "round": n, "accepted": dict.fromkeys(SITES)} for n in (1, 2, 3)]
     found = scores(alder=0.7, birch=0.8, cedar=0.3)
-    assert _step_notes(plan, found, rounds) == []
+    assert _step_notes(plan(), found, rounds) == []
     del rounds[1]["accepted"]["birch"]
-    (note,) = _step_notes(plan, found, rounds)
+    (note,) = _step_notes(plan(), found, rounds)
     assert "30 steps a site, pooled training 90" in note
     assert "fewer counted: birch 20." in note
-    assert _step_notes(plan, {"federated": found["federated"]}, rounds) == []
+    assert _step_notes(plan(), {"federated": found["federated"]}, rounds) == []
