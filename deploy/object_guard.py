@@ -11,6 +11,12 @@ read, confirm and write any object whose name it knows, and believes whatever tr
 - a reply is given to the ServerApp once all of it is there. It would otherwise wait for the rest of one site's reply,
   for hours, and hear nobody, whatever the round's deadline is.
 
+And what a line that breaks between a question and its answer would cost a node. Flower takes a message for delivered
+when it is given out, whether or not the node has heard it; the node asks again and is told that there is nothing, and
+the round waits for it until its deadline. Here a message that the node has not confirmed is given again, and a
+confirmation that is repeated is as good as the first: a node takes a refusal of it for the end of the run, and drops
+the message that it has.
+
 Stands on flwr 1.41's fleet handlers, object store and link state; the version is pinned exactly, and the end-to-end
 tests try each of these on the assembled server.
 """
@@ -19,10 +25,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.message_pb2 import ConfirmMessageReceivedResponse, ObjectTree
 from flwr.supercore.date import now
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
@@ -31,6 +38,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 
 KEPT = 64  # messages and uploads of a node that are remembered; it has one of each at a time
+MOST_FAILED = 8  # times that a node began to fetch a message and did not confirm it: it may be one that it cannot take
 
 Handler = Callable[..., Any]
 
@@ -42,7 +50,8 @@ def guard_objects() -> None:
     from flwr.superlink.servicer.fleet import fleet_handlers
 
     guard = ObjectGuard()
-    for name in ("pull_messages", "pull_object", "confirm_message_received", "push_messages", "push_object"):
+    handlers = "activate_node pull_messages pull_object confirm_message_received push_messages push_object"
+    for name in handlers.split():
         setattr(fleet_handlers, name, getattr(guard, name)(getattr(fleet_handlers, name)))
     InMemoryObjectStore.put = truthful(InMemoryObjectStore.put)  # type: ignore[method-assign]
     tree = "store_message_and_object_tree"
@@ -50,21 +59,44 @@ def guard_objects() -> None:
     InMemoryLinkState.get_message_res = whole_replies(InMemoryLinkState.get_message_res)  # type: ignore[method-assign]
 
 
+@dataclass
+class _Given:
+    """A message that a node was given and has not confirmed."""
+
+    objects: frozenset[str]  # ids of all of it
+    failed: int = 0  # times that it was given before, heard of, and not confirmed
+    heard: bool = False  # the node has begun to fetch it
+
+
 class ObjectGuard:
     """Flower's handlers, each for the objects of the node that asks."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._given: dict[int, OrderedDict[str, frozenset[str]]] = defaultdict(
-            OrderedDict
-        )  # node -> message -> objects
+        self._given: dict[int, OrderedDict[str, _Given]] = defaultdict(OrderedDict)  # node -> message
+        self._confirmed: dict[int, OrderedDict[str, None]] = defaultdict(OrderedDict)  # node -> messages
         self._uploads: dict[int, OrderedDict[str, None]] = defaultdict(OrderedDict)  # node -> sessions
+
+    def activate_node(self, activate: Handler) -> Handler:
+        def activate_node(request: Any, state: Any) -> Any:
+            response = activate(request=request, state=state)
+            with self._lock:  # a new process: whoever asked its predecessor sees that, and asks again
+                self._given.pop(response.node_id, None)
+            return response
+
+        return activate_node
 
     def pull_messages(self, pull: Handler) -> Handler:
         def pull_messages(request: Any, state: Any, store: Any) -> Any:
+            node = request.node.node_id
+            with self._lock:
+                before = {name: given.failed + given.heard for name, given in self._given[node].items()}
+            if again := [name for name, failed in before.items() if failed < MOST_FAILED]:
+                _take_back(state, again)
             response = pull(request=request, state=state, store=store)
             for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
-                self._remember(self._given, request.node.node_id, message.metadata.message_id, _ids(tree))
+                name = message.metadata.message_id
+                self._remember(self._given, node, name, _Given(_ids(tree), before.get(name, 0)))
             return response
 
         return pull_messages
@@ -72,8 +104,12 @@ class ObjectGuard:
     def pull_object(self, pull: Handler) -> Handler:
         def pull_object(request: Any, state: Any) -> Any:
             with self._lock:
-                known = any(request.object_id in ids for ids in self._given[request.node.node_id].values())
-            if not known:
+                own = [
+                    found for found in self._given[request.node.node_id].values() if request.object_id in found.objects
+                ]
+                for given in own:
+                    given.heard = True
+            if not own:
                 raise _not_yours(request.node.node_id, "read", request.object_id)
             return pull(request=request, state=state)
 
@@ -81,13 +117,18 @@ class ObjectGuard:
 
     def confirm_message_received(self, confirm: Handler) -> Handler:
         def confirm_message_received(request: Any, state: Any, store: Any) -> Any:
+            node, name = request.node.node_id, request.message_object_id
             with self._lock:
-                ids = self._given[request.node.node_id].get(request.message_object_id)
-            if ids is None or any(store.get(object_id) == b"" for object_id in ids):  # b"": announced, not there yet
-                raise _not_yours(request.node.node_id, "confirm", request.message_object_id)
+                given, repeated = self._given[node].get(name), name in self._confirmed[node]
+            if repeated:
+                return ConfirmMessageReceivedResponse()
+            # b"": announced, not there yet
+            if given is None or any(store.get(object_id) == b"" for object_id in given.objects):
+                raise _not_yours(node, "confirm", name)
             response = confirm(request=request, state=state, store=store)
+            self._remember(self._confirmed, node, name, None)
             with self._lock:
-                self._given[request.node.node_id].pop(request.message_object_id, None)
+                self._given[node].pop(name, None)
             return response
 
         return confirm_message_received
@@ -116,6 +157,14 @@ class ObjectGuard:
             kept[name] = value
             while len(kept) > KEPT:
                 kept.popitem(last=False)
+
+
+def _take_back(state: Any, names: Collection[str]) -> None:
+    """Have messages count as not delivered; Flower has forgotten those of a run that it has seen end."""
+    with state.lock:
+        for name in names:
+            if (message := state.message_ins_store.get(name)) is not None:
+                message.metadata.delivered_at = ""
 
 
 def _ids(tree: ObjectTree) -> frozenset[str]:

@@ -30,6 +30,10 @@ class FaultProxy:
         self.delay = 0.0
         self.bytes_per_second = 8192.0
         self.carried = 0  # bytes, both ways
+        self.lost = 0  # answers
+        self._until_lost = 0  # answers: with the last of them the line breaks
+        self._asked: set[tuple[socket.socket, socket.socket]] = set()  # something went there, nothing has come back
+        self._counting = threading.Lock()
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port: int = self._listener.getsockname()[1]
@@ -41,6 +45,10 @@ class FaultProxy:
         if mode == "cut":
             for pair in list(self._pairs):
                 self._end(pair)
+
+    def lose(self, nth: int) -> None:
+        """Break the line with the nth answer that comes from now on, before any of it is through: 1 is the next."""
+        self._until_lost = nth
 
     def close(self) -> None:
         """End the listener and all connections."""
@@ -81,7 +89,7 @@ class FaultProxy:
                     data = source.recv(piece)
                 except (TimeoutError, BlockingIOError):  # the latter: the other direction has just changed the wait
                     continue
-                if not data:
+                if not data or self._loses(pair, answer=source is pair[1]):
                     break
                 while self.mode == "silent":  # it was under way when the line went dead
                     time.sleep(LOOK_SECONDS)
@@ -95,8 +103,22 @@ class FaultProxy:
             pass
         self._end(pair)
 
+    def _loses(self, pair: tuple[socket.socket, socket.socket], answer: bool) -> bool:
+        """Note that something comes through; whether it is the answer that is to be lost."""
+        with self._counting:
+            if not answer:
+                self._asked.add(pair)
+                return False
+            if pair not in self._asked:  # the rest of an answer
+                return False
+            self._asked.discard(pair)
+            self._until_lost -= 1
+            self.lost += self._until_lost == 0
+            return self._until_lost == 0
+
     def _end(self, pair: tuple[socket.socket, socket.socket]) -> None:
         self._pairs.discard(pair)
+        self._asked.discard(pair)
         for one in pair:
             with contextlib.suppress(OSError):
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)

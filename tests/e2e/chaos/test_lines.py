@@ -25,6 +25,7 @@ SILENCE = 90.0  # seconds
 BACK_SECONDS = 90.0  # within which a site is back after its line healed
 LEASE_SECONDS = 65.0  # until Flower takes a node that vanished for offline
 ABSENCE = 10.0
+ANSWERS = range(1, 15)  # of the server to a site, in one round
 CERTIFICATE_SECONDS = 60.0  # life of elm's
 SPARE_SECONDS = 60.0  # what a busy machine may take beyond the rules
 
@@ -109,6 +110,23 @@ def test_a_slow_and_a_broken_line_cost_time_alone(federation: Federation, line: 
         line.become("open")
         time.sleep(2.0)
     assert with_alder(federation, BACK_SECONDS + SPARE_SECONDS)["round"] > event["round"]
+
+
+def test_a_site_counts_whichever_answer_is_lost(federation: Federation, line: FaultProxy) -> None:
+    """One a round, each time another: to the question for work, for a part of it, its confirmation, to the update."""
+    federation.committed(1)
+    before = line.lost
+    for nth in ANSWERS:
+        line.lose(nth)
+        began = time.monotonic()
+        while line.lost == before:
+            assert time.monotonic() - began < SPARE_SECONDS
+            time.sleep(0.1)
+        before = line.lost
+        event = with_alder(federation, BACK_SECONDS)
+        print(f"answer {nth} lost: alder counted in round {event['round']} after {time.monotonic() - began:.0f} s")
+    rounds = trained(federation, "alder")
+    assert len(rounds) == len(set(rounds))
 
 
 def test_a_certificate_of_a_minute_is_renewed_by_itself(federation: Federation) -> None:

@@ -89,3 +89,20 @@ def test_a_slow_line_drips(line: FaultProxy) -> None:
             assert block, f"the line ended after {came} bytes"
             came += len(block)
         assert time.monotonic() - began > 0.5
+
+
+def test_the_answer_that_is_meant_is_lost(line: FaultProxy) -> None:
+    """The second one from now: what was asked has arrived, and the connection ends without a byte of the answer."""
+    with call(line) as connection, call(line) as another:
+        connection.sendall(b"before")
+        assert connection.recv(10) == b"before"
+        line.lose(2)
+        another.sendall(b"first")
+        assert another.recv(10) == b"first"
+        carried = line.carried
+        connection.sendall(b"second")
+        assert ended(connection)
+        assert line.carried == carried + len(b"second")
+        assert line.lost == 1
+        another.sendall(b"third")
+        assert another.recv(10) == b"third"
