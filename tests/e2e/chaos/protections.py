@@ -74,6 +74,22 @@ PROTECTIONS = (
         ("tests/deploy/test_keeper.py::test_a_dead_serverapp_is_started_again_with_growing_pauses",),
     ),
     Protection(
+        "line that breaks before an answer is through",
+        "a message that is not confirmed is given again",
+        "deploy/object_guard.py",
+        "_take_back(state, again)",
+        "pass",
+        ("tests/deploy/test_lost_answers.py::test_a_lost_question_and_a_lost_confirmation_cost_no_restart",),
+    ),
+    Protection(
+        "line that breaks before a confirmation is answered",
+        "a repeated confirmation is as good as the first",
+        "deploy/object_guard.py",
+        "if repeated:",
+        "if False:",
+        ("tests/deploy/test_lost_answers.py::test_a_lost_question_and_a_lost_confirmation_cost_no_restart",),
+    ),
+    Protection(
         "SuperNode killed",
         "its successor signs it off, and need not wait for Flower's lease",
         "client/supernode.py",
