@@ -49,6 +49,7 @@ REFUSALS = {
     "not-approved": "the run is not approved at the site yet",
     "application-changed": "the program installed at the site is not the approved one",
     "too-many-rounds": "the run has more rounds than the site allows",
+    "too-often": "the site has answered the same too often within an hour",
     "too-few-patients": "the site has fewer patients than its policy asks for",
     "outside-hours": "the site takes part at other hours",
     "privacy-floor": "the site asks for more privacy than the run gives",

@@ -31,6 +31,7 @@ from medsegdiff.strict import read_config
 
 REPEATABLE = 2  # committed rounds that the server may have to ask for again: it keeps three checkpoints
 MOST_TOLD = 100  # refusals an hour that the audit log is told of: a server that invents names cannot fill the disk
+MOST_REPEATED = 600  # answers an hour to what may be asked without end; each is told, so more would fill the disk, too
 
 
 class Guard:
@@ -58,6 +59,7 @@ class Guard:
             )
         self._told: dict[str, str] = {}  # run -> code of the refusal that the audit log knows
         self._lines: list[float] = []  # when refusals were told in the last hour
+        self._repeated: list[float] = []  # when answers left in the last hour that may be asked for without end
         self._stamp = (folder / "site.yaml").stat().st_mtime_ns  # of the policy at hand
 
     def sign(self, message: bytes) -> bytes:
@@ -133,6 +135,18 @@ class Guard:
             if len(self._lines) == MOST_TOLD:
                 self.audit.append("refusals_left_out", hourly=MOST_TOLD)
 
+    def _bound_repetitions(self, run: str, task: TrainTask, round_: int | None) -> None:
+        """Let one more answer pass that the run's rounds do not bound. Raises Refusal: there were too many."""
+        now = time.monotonic()
+        self._repeated = [moment for moment in self._repeated if now - moment < 3600.0]
+        if len(self._repeated) >= MOST_REPEATED:
+            refusal = Refusal(
+                "too-often", f"run {run}: asks for the same again and again, {MOST_REPEATED} times an hour."
+            )
+            self._tell_refusal(refusal, run, task, round_)
+            raise refusal
+        self._repeated.append(now)
+
     def _read_policy(self) -> None:
         """The policy as it stands in site.yaml now. Raises UserError where it cannot be read: nothing passes then."""
         stamp = (self.folder / "site.yaml").stat().st_mtime_ns
@@ -148,6 +162,8 @@ class Guard:
         and a few more for rounds that were repeated.
         """
         self.admit(task, assignment.run, assignment.round, train_patients)
+        if self.outbox.has_scored(assignment.run, assignment.model_hash):
+            self._bound_repetitions(assignment.run, task, assignment.round)
         if not self.outbox.may_score(assignment.run, assignment.model_hash, task.rounds + SPARE_TRAININGS):
             refusal = Refusal("too-many-rounds", f"run {assignment.run}: asks for scores of ever more models.")
             self._tell_refusal(refusal, assignment.run, task, assignment.round)
@@ -166,10 +182,11 @@ class Guard:
             remembered: what the server says this site told it last of its ledger.
 
         Raises:
-            Refusal: too few patients; the ledger is not the one that the server remembers; the run does not fit into
-                the budget.
+            Refusal: too few patients; it was asked too often; the ledger is not the one that the server remembers; the
+                run does not fit into the budget.
         """
         self.admit(task, presence.run, train_patients=presence.train_patients)
+        self._bound_repetitions(presence.run, task, None)
         self._told.pop("", None)
         fields = {"patients": presence.train_patients, "decision": "answered"}
         if terms is None:
@@ -211,7 +228,8 @@ class Guard:
         """The answer that was given, or was about to be given, to this very question; None: it is to be worked out.
 
         Raises:
-            Refusal: the round was trained from another model; a second answer would be a second training.
+            Refusal: the round was trained from another model, a second answer would be a second training; or it was
+                asked too often.
         """
         before = self.outbox.base_of(assignment.run, assignment.round)
         if before not in (None, assignment.model_hash):
@@ -225,6 +243,7 @@ class Guard:
         if found is None or found[0].base_hash != assignment.model_hash:  # never trained, or from a damaged file
             return None
         update, content = found
+        self._bound_repetitions(assignment.run, task, assignment.round)
         self.audit.append("repeated", run=assignment.run, round=assignment.round, delta=update.delta_hash)
         return content
 

@@ -38,6 +38,8 @@ log = logging.getLogger("medsegfed.site")
 
 TRAININGS = "trainings"  # beside the updates of a run, and kept when they go: round and base model of every training
 
+SCORED = "scored"  # beside them: hashes of the models whose scores have left
+
 
 class Outbox:
     """One file a round: `folder`/RUN/round-NNNNNN.safetensors."""
@@ -138,22 +140,29 @@ class Outbox:
         text = "".join(f"{number} {base}\n" for number, base in lines)
         write_atomic(self.folder / update.run / TRAININGS, text.encode())
 
+    def has_scored(self, run: str, model_hash: str) -> bool:
+        """Whether a model was scored before. Raises UserError where the list cannot be read."""
+        return model_hash in self._scored(run)
+
     def may_score(self, run: str, model_hash: str, most: int) -> bool:
         """Whether a model may be scored: one that was scored before, or one of at most `most` in a run."""
-        path = self.folder / run / "scored"
+        known = self._scored(run)
+        if model_hash not in known:
+            if len(known) >= most:
+                return False
+            write_atomic(self.folder / run / SCORED, "\n".join([*known, model_hash]).encode())
+        return True
+
+    def _scored(self, run: str) -> list[str]:
+        path = self.folder / run / SCORED
         try:
-            known = path.read_text().split()
+            return path.read_text().split()
         except FileNotFoundError:
-            known = []
+            return []
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path}: cannot be read ({error}); nothing is scored. Restore it, or delete it."
             ) from error
-        if model_hash not in known:
-            if len(known) >= most:
-                return False
-            write_atomic(path, "\n".join([*known, model_hash]).encode())
-        return True
 
     def forget(self, run: str, through: int) -> None:
         """Delete the updates of rounds up to `through`: the server has committed them."""

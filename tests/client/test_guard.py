@@ -218,6 +218,37 @@ def test_invented_names_do_not_fill_the_audit_log(hospital) -> None:
     assert len(site.audited("not_answered")) == 1
 
 
+def test_what_may_be_asked_without_end_does_not_fill_the_audit_log(hospital, monkeypatch) -> None:
+    """Introductions, updates that were sent before, scores of a model that was scored: some an hour, then no more.
+
+    New work goes on, and after the hour they are answered again.
+    """
+    now = [1000.0]
+    monkeypatch.setattr(guard_module, "MOST_REPEATED", 9)
+    monkeypatch.setattr(guard_module.time, "monotonic", lambda: now[0])
+    site = hospital()
+    site.approve()
+    weights = initial_weights(site.task.model, 3)
+    asked = Assignment("run-1", 1, hash_weights(weights))
+
+    def each() -> set[str]:
+        replies = [
+            site.ask(MessageType.QUERY, invitation=to_wire(Invitation("run-1", "n"))),
+            site.train(),
+            site.ask(MessageType.EVALUATE, assignment=to_wire(asked), weights=arrays_to_wire(weights)),
+        ]
+        return {code(reply) if reply.has_error() else "answered" for reply in replies}
+
+    assert [each() for _ in range(3)] == [{"answered"}] * 3  # 1 + 3 + 3 repetitions
+    assert each() == {"answered", "too-often"}
+    assert each() == {"too-often"}
+    told = [len(site.audited(event)) for event in ("introduced", "repeated", "scores")]
+    assert told == [4, 3, 3]
+    assert not site.train(2).has_error()
+    now[0] += 3601
+    assert each() == {"answered"}
+
+
 def test_a_full_disk_sends_nothing(hospital, monkeypatch) -> None:
     """What cannot be written down before it leaves does not leave."""
     site = hospital()
