@@ -5,6 +5,7 @@
       signing.key         Ed25519, PEM: signs what the site answers
       names.key           32 random bytes, hex: turns names of cases into hashes for logs
       tls.pem             TLS key (ECDSA P-256) and, once a kit is installed, its certificate, in ONE file
+      next.key            TLS key that a certificate was asked for, until that is here
       ca.crt              certificate of the federation's authority, from the kit
       federation.json     {federation, site, server: "host:port"}, from the kit
 
@@ -52,7 +53,6 @@ __all__ = ["Membership", "SiteKeys", "certificate_days_left", "node_key_header"]
 
 KEY_FILES = ("node.key", "node.pub", "signing.key", "names.key", "tls.pem")
 KIT_FILES = ("federation.json", "ca.crt", "tls.pem")
-ROOM = 32 * 1024  # bytes: more than a key and its certificates take
 SECRET = 0o600
 
 _STAGED = ".kit"
@@ -255,15 +255,32 @@ class SiteKeys:
                 write_atomic(partial / name, files[name], SECRET)
         _finish_installation(self.folder)
 
-    def require_room(self) -> None:
-        """Raise UserError when the disk would refuse a renewed pair: nothing should be asked of a server then."""
-        room = self.tls_file.with_name(".room")
-        write_atomic(room, bytes(ROOM), SECRET)
-        room.unlink()
+    def next_key(self) -> ec.EllipticCurvePrivateKey:
+        """The TLS key of the pair to come, made before its certificate is asked for and kept until that is here.
+
+        Where the answer is lost, or the disk refuses it, the server is asked for the certificate of the same key, and
+        gives the one that it has given before: it gives out so many and no more.
+        """
+        try:
+            refuse_readable_by_others(self._next_file)
+            key = _private(read_bytes(self._next_file), self._next_file)
+            if isinstance(key, ec.EllipticCurvePrivateKey):
+                return key
+        except UserError:
+            pass  # none, or one that was damaged or exposed: nothing hangs on it
+        key = new_tls_key()
+        write_atomic(self._next_file, private_pem(key), SECRET)
+        return key
 
     def replace_pair(self, key: ec.EllipticCurvePrivateKey, certificate: bytes) -> None:
         """A renewed TLS key and its certificate (PEM) take the place of the old pair in one step."""
         write_atomic(self.tls_file, private_pem(key) + certificate, SECRET)
+        with contextlib.suppress(OSError):  # it would be renewed with the same key once more
+            self._next_file.unlink(missing_ok=True)
+
+    @property
+    def _next_file(self) -> Path:
+        return self.folder / "next.key"
 
 
 def _finish_installation(folder: Path) -> None:

@@ -172,6 +172,11 @@ class Federation:
     def logs(self) -> Path:
         return self.state / "logs"
 
+    @property
+    def renewals(self) -> Path:
+        """The answer that each site was given last when it renewed its certificate."""
+        return self.state / "renewals"
+
     def kit(self, site: str) -> Path:
         """Where a site's kit lies."""
         return self.kits / f"{site}.kit"

@@ -2,7 +2,8 @@
 
 The site makes a new TLS key, asks over the connection that its present certificate opens, and swaps key and certificate
 in one step. The server enters the new certificate into the register; the one before stays valid until it expires, so
-that connections which still use it go on.
+that connections which still use it go on. Asked for the same key again, because its answer was lost on the way, the
+server gives the same certificate again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from client.certificates import (
     certificate_pem,
     days_left,
     key_fingerprint,
-    new_tls_key,
     parse_certificate,
     read_bytes,
     read_certificate,
@@ -99,8 +99,7 @@ def renew_site(site_folder: Path, now: datetime | None = None) -> Renewed:
             "a valid one can be renewed over the network. Run medsegfed join and send the request to the coordinator; "
             "the keys stay."
         )
-    keys.require_room()  # each answer is a certificate more at the server, which gives out so many and no more
-    key = new_tls_key()
+    key = keys.next_key()
     said = {
         "kind": RENEWAL,
         "format": FORMAT,
@@ -195,8 +194,12 @@ def answer_renewal(
     authority = federation.authority()
     with edit_members(federation.members_file) as members:
         member = members.get(request.site)
-        _check_standing(member, request, body, now)
+        _check_standing(member, request, body)
         assert member is not None, "checked above"
+        given = federation.renewals / f"{request.site}.json"
+        if (answer := _given_before(given, key, member, now)) is not None:
+            return answer
+        _check_count(member, now)
         certificate = authority.issue_site(key, request.site, federation.config.site_days, now)
         serial, not_after = serial_of(certificate), iso(certificate.not_valid_after_utc)
         members[request.site] = replace(
@@ -207,7 +210,22 @@ def answer_renewal(
             revoked=unexpired(member.revoked, now),
         )
         federation.audit().append("site_renewed", site=request.site, serial=serial, not_after=not_after)
-    return document({"kind": RENEWED, "format": FORMAT, "certificate": certificate_pem(certificate).decode()})
+    answer = document({"kind": RENEWED, "format": FORMAT, "certificate": certificate_pem(certificate).decode()})
+    with contextlib.suppress(UserError):  # a full disk: should this answer be lost, the next one is another certificate
+        given.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(given, answer)
+    return answer
+
+
+def _given_before(path: Path, key: ec.EllipticCurvePublicKey, member: Member, now: datetime) -> bytes | None:
+    """The answer that the site was given last, if it is of this key and its certificate still is the site's."""
+    try:
+        answer = path.read_bytes()
+        certificate = parse_certificate(str(parse_document(answer, "the last renewal")["certificate"]).encode())
+    except (OSError, UserError, ValueError, KeyError):
+        return None  # there was none, or it was damaged: a new one does as well
+    same = key_fingerprint(certificate.public_key()) == key_fingerprint(key)
+    return answer if same and serial_of(certificate) in member.certificates(now) else None
 
 
 def _check_renewal(site: str, body: bytes, now: datetime) -> tuple[Renewal, ec.EllipticCurvePublicKey]:
@@ -228,16 +246,20 @@ def _check_renewal(site: str, body: bytes, now: datetime) -> tuple[Renewal, ec.E
     return request, key
 
 
-def _check_standing(member: Member | None, request: Renewal, body: bytes, now: datetime) -> None:
+def _check_standing(member: Member | None, request: Renewal, body: bytes) -> None:
     """The register's word on a renewal."""
     if member is None or not member.active:
         raise RenewalRefused(f"{request.site} is {member.status if member else 'not a member'}. Ask the coordinator.")
     if not signed_by(member.signing_key, request.signature, signed_part(parse_document(body, "the renewal"))):
         raise RenewalRefused("the renewal is not signed by the site's enrolled key. Ask the coordinator.")
+
+
+def _check_count(member: Member, now: datetime) -> None:
+    """A site has so many certificates at a time and no more."""
     count = len(member.certificates(now))
     if count >= MOST_CERTIFICATES:
         raise RenewalRefused(
-            f"{request.site} has {count} certificates that have not expired, the most that are given out. Renew less "
+            f"{member.site} has {count} certificates that have not expired, the most that are given out. Renew less "
             "often."
         )
 

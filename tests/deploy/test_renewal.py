@@ -193,12 +193,15 @@ def test_ninety_days_are_renewed_at_thirty(site: Path) -> None:
 
 
 def refuses(site: Path, fault: str) -> None:
-    """A renewal ends in one line, and the site's files are as before."""
+    """A renewal ends in one line, and the site's files are as before, but for the key that it asked with."""
     before = files_of(site)
     with pytest.raises(UserError, match=fault) as caught:
         renew_site(site)
     assert str(caught.value).isprintable()
-    assert files_of(site) == before
+    after = files_of(site)
+    for files in (before, after):
+        files.pop("keys/next.key", None)
+    assert after == before
 
 
 def test_what_stands_in_the_way_is_told(federation: Federation, site: Path, tmp_path: Path) -> None:
@@ -302,21 +305,73 @@ def test_an_expired_certificate_needs_a_new_kit(federation: Federation, site: Pa
 def test_a_full_disk_keeps_the_old_pair(federation: Federation, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new pair cannot be written: the old one works, and the next renewal too.
 
-    The server gives out so many certificates and no more: a night with a full disk must not use them up.
+    The server gives out so many certificates and no more: a night with a full disk must not use them up, whether the
+    key that is asked with finds room or not.
     """
+    write = keys_module.write_atomic
+    for spared in ("", "next.key"):
 
-    def full(*args: object) -> None:
-        raise UserError("No space left on device")
+        def full(path: Path, *rest: Any, spared: str = spared) -> None:
+            if path.name != spared:
+                raise UserError("No space left on device")
+            write(path, *rest)
 
+        before = len(federation.members()["alder"].earlier)
+        with renewal_server(federation) as served:
+            at_port(site, served.port)
+            with monkeypatch.context() as patch:
+                patch.setattr(keys_module, "write_atomic", full)
+                for _ in range(20):
+                    refuses(site, "No space")
+            renew_site(site)
+        assert len(federation.members()["alder"].earlier) == before + 1
+    assert not (site / "keys" / "next.key").exists()
+
+
+def test_an_answer_that_was_lost_is_given_again(federation: Federation, site: Path) -> None:
+    """However often: one certificate, one line in the audit log. The next renewal is of another key."""
+    lost = 20
+
+    def lose(*asked: Any) -> tuple[int, bytes]:
+        answer_renewal(federation, *asked)
+        return 504, b""
+
+    with renewal_server(federation, lose) as served:
+        at_port(site, served.port)
+        for _ in range(lost):
+            refuses(site, "answered 504")
     with renewal_server(federation) as served:
         at_port(site, served.port)
-        with monkeypatch.context() as patch:
-            patch.setattr(keys_module, "write_atomic", full)
-            for _ in range(20):
-                refuses(site, "No space")
-        renew_site(site)
-    assert len(federation.members()["alder"].earlier) == 1
-    assert not (site / "keys" / ".room").exists()
+        renewed = renew_site(site)
+        assert renewed.serial == federation.members()["alder"].serial
+        assert len(federation.members()["alder"].earlier) == 1
+        assert [line["event"] for line in audit_lines(federation.audit_file)].count("site_renewed") == 1
+        assert renew_site(site).serial != renewed.serial
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff" * 100, b'{"kind": "medsegfed renewed", "certificate": 7}'])
+def test_an_answer_that_was_damaged_or_revoked_is_not_given_again(
+    federation: Federation, site: Path, damage: bytes
+) -> None:
+    """Another certificate is made; the site's half-written key counts for none."""
+    keys = keys_of(site)
+    key = new_tls_key()
+    body = asking(site, {"csr": signing_request(key, "alder")})
+    first = answer_renewal(federation, "alder", body)
+    assert answer_renewal(federation, "alder", body) == first
+    with edit_members(federation.members_file) as members:
+        member = members["alder"]
+        members["alder"] = replace(member, revoked={member.serial: member.not_after})
+    second = answer_renewal(federation, "alder", body)
+    assert second != first
+    (federation.renewals / "alder.json").write_bytes(damage)
+    assert answer_renewal(federation, "alder", body) not in (first, second)
+    (keys.folder / "next.key").write_bytes(damage)
+    (keys.folder / "next.key").chmod(0o600)
+    made = keys.next_key()
+    assert key_fingerprint(keys.next_key().public_key()) == key_fingerprint(made.public_key())
+    (keys.folder / "next.key").chmod(0o644)
+    assert key_fingerprint(keys.next_key().public_key()) != key_fingerprint(made.public_key())
 
 
 def test_after_a_renewal_the_site_can_ask_again(federation: Federation, site: Path) -> None:
