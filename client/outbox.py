@@ -38,6 +38,7 @@ log = logging.getLogger("medsegfed.site")
 
 TRAININGS = "trainings"  # beside the updates of a run, and kept when they go: round and base model of every training
 
+MOST_RUNS = 8  # whose updates are kept: a run says no goodbye, and two models' worth of it would lie here for ever
 SCORED = "scored"  # beside them: hashes of the models whose scores have left
 
 
@@ -62,6 +63,7 @@ class Outbox:
         clear_partials(self.folder / update.run)  # of an update each, left by whoever was killed while writing
         write_atomic(self._path(update.run, update.round), save(kept, metadata=metadata))
         self._enter(update)  # after it: a disk that is full for an hour must not use the trainings up
+        self._let_go()
 
     def find(self, assignment: Assignment, task: TrainTask | None = None) -> tuple[Update, RecordDict] | None:
         """The update of a round as it was, or would have been, sent; None where there is none, or it is damaged.
@@ -168,6 +170,13 @@ class Outbox:
         """Delete the updates of rounds up to `through`: the server has committed them."""
         for path in sorted((self.folder / run).glob("round-*.safetensors")):
             if int(path.stem.removeprefix("round-")) <= through:
+                path.unlink(missing_ok=True)
+
+    def _let_go(self) -> None:
+        """Of the updates of all but the last runs; their lists of trainings and scored models stay."""
+        runs = sorted((path for path in self.folder.glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
+        for run in runs[:-MOST_RUNS]:
+            for path in run.glob("round-*.safetensors"):
                 path.unlink(missing_ok=True)
 
     def _path(self, run: str, round_: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from client.contract import Assignment, Update, array_bytes, check_signature
 from client.encoding import Compression
 from client.feedback import pack
 from client.gate import release_update
-from client.outbox import Outbox
+from client.outbox import MOST_RUNS, Outbox
 from medsegdiff.errors import UserError
 from medsegdiff.weights import hash_weights, weight_shapes
 
@@ -59,6 +60,20 @@ def test_rounds_are_forgotten_when_they_were_committed(tmp_path: Path) -> None:
     assert kept == [False, False, True, True]
     assert (outbox.trainings("run-1"), outbox.trainings("run-2"), outbox.trainings("run-3")) == (3, 1, 0)
     assert [outbox.base_of("run-1", round_) for round_ in (1, 3, 4)] == ["a" * 64, "a" * 64, None]
+
+
+def test_of_old_runs_the_lists_alone_are_kept(tmp_path: Path) -> None:
+    """The run that was worked on longest ago loses its updates once there are too many; its trainings still count."""
+    outbox = Outbox(tmp_path)
+    for number in range(MOST_RUNS):
+        outbox.keep(*answer(1, f"run-{number}"))
+        os.utime(tmp_path / f"run-{number}", (number, number))
+    outbox.keep(*answer(2, "run-0"))  # an old run that is still at work
+    outbox.keep(*answer(1, "new"))
+    assert outbox.find(Assignment("run-1", 1, "a" * 64)) is None
+    assert (outbox.trainings("run-1"), outbox.base_of("run-1", 1)) == (1, "a" * 64)
+    for run in ("run-0", "run-2", "new"):
+        assert outbox.find(Assignment(run, 1, "a" * 64)) is not None
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
