@@ -3,6 +3,7 @@
 nan          every number of its update is NaN
 sign_flip    the opposite of what it trained
 scaled       -10 times what it trained
+fivefold     -5 times: large, and still within the usual limit of ten times the median norm
 many         the opposite, claiming a billion patients
 free_rider   no change at all, for the same say
 label_flip   it trains in good faith on masks that are turned inside out (`flip_masks`)
@@ -29,7 +30,7 @@ from client.personalisation import sent_shapes
 from medsegdiff.files import write_atomic
 from medsegdiff.weights import hash_weights
 
-Attack = Literal["none", "nan", "sign_flip", "scaled", "many", "free_rider", "label_flip"]
+Attack = Literal["none", "nan", "sign_flip", "scaled", "fivefold", "many", "free_rider", "label_flip"]
 ATTACKS: tuple[Attack, ...] = get_args(Attack)
 CLAIMED = 1_000_000_000  # patients, by `many`
 
@@ -74,7 +75,14 @@ class Malicious:
 
 
 def _spoil(attack: Attack, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    factor = {"sign_flip": -1.0, "many": -1.0, "scaled": -10.0, "free_rider": 0.0, "nan": math.nan}.get(attack, 1.0)
+    factor = {
+        "sign_flip": -1.0,
+        "many": -1.0,
+        "scaled": -10.0,
+        "fivefold": -5.0,
+        "free_rider": 0.0,
+        "nan": math.nan,
+    }.get(attack, 1.0)
     return {name: (value * factor if factor else torch.zeros_like(value)) for name, value in delta.items()}
 
 

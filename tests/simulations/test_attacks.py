@@ -40,7 +40,16 @@ def carry_out(folder: Path, attack: str) -> tuple[RunPlan, dict[str, Message]]:
     return plan, sent
 
 
-FACTORS = {"none": 1, "nan": math.nan, "sign_flip": -1, "scaled": -10, "many": -1, "free_rider": 0, "label_flip": 1}
+FACTORS = {
+    "none": 1,
+    "nan": math.nan,
+    "sign_flip": -1,
+    "scaled": -10,
+    "fivefold": -5,
+    "many": -1,
+    "free_rider": 0,
+    "label_flip": 1,
+}
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
