@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from benchmarks import privacy_attacks
 from benchmarks.leaks.inversion import Search
 from benchmarks.leaks.models import Recipe
-from benchmarks.privacy_attacks import Size, compare, draw, judge
+from benchmarks.privacy_attacks import Size, attack, compare, draw, judge
 
 TINY = Size(4, 100, 1, 2, 2, 1, 1, 2, Search(3))
 
@@ -61,7 +62,7 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     threads = torch.get_num_threads()
     privacy_attacks.main()
     result = json.loads(out.read_text())
-    assert len(result["membership"]) == 5
+    assert len(result["membership"]) == 6
     assert len(result["inversion"]["ways"]) == 7
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "TPR at 1 % FPR" in capsys.readouterr().out
@@ -70,3 +71,24 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     privacy_attacks.main()
     assert "| training | sigma |" in capsys.readouterr().out
     torch.set_num_threads(threads)
+
+
+def test_a_part_of_another_size_is_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one of another recipe, nor a damaged one; what does not depend on the change is kept."""
+    found = {"seconds": 1.0}
+    monkeypatch.setattr(privacy_attacks, "membership", lambda *_: found)
+    monkeypatch.setattr(privacy_attacks, "inversion", lambda *_: found)
+    names = [*privacy_attacks.kinds(TINY), privacy_attacks.INVERSION]
+    for name in names:
+        attack((name, 0), TINY, tmp_path, torch.device("cpu"), torch.get_num_threads())
+
+    def kept(size: Size) -> list[bool]:
+        return [privacy_attacks._kept(tmp_path, (name, 0), size) is not None for name in names]
+
+    assert kept(TINY) == [True] * 7
+    assert kept(replace(TINY, others=101)) == [False] * 6 + [True]
+    assert kept(replace(TINY, regularised=2)) == [True, False, True, True, True, True, True]
+    assert kept(replace(TINY, victims=3)) == [True] * 6 + [False]
+    for path in tmp_path.iterdir():
+        path.write_text(path.read_text()[:-9])
+    assert kept(TINY) == [False] * 7
