@@ -339,12 +339,14 @@ def report(
     from server.report import summary_table
 
     federation = open_federation(folder)
+    run = run_of(federation.runs, name)
     try:
-        failed = incidents(read_events(federation.state / "supervisor.jsonl"))
+        journal = read_events(run / "journal.jsonl")
+        failed = incidents(read_events(federation.state / "supervisor.jsonl"), {run.name: journal})
     except UserError as error:  # a run's report does not hang on the supervisor's journal
         typer.echo(f"what failed on this machine is left out: {error}", err=True)
         failed = []
-    result, html = write_federation_report(run_of(federation.runs, name), failed)
+    result, html = write_federation_report(run, failed)
     if as_json:
         typer.echo(json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False))
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from server.journal import Event
@@ -28,7 +28,8 @@ class _Story:
             why = event.get("reason") or event.get("how")
             self._begin(f"ready {child}", time, f"{child}: {why}", "started again")
         elif kind == "run_lost":
-            self._begin("run_started", time, f"run {event.get('run')}: {event.get('reason')}", "taken up again")
+            what = f"run {event.get('run')}: {event.get('reason')}"
+            self._begin("run_started", time, what, "taken up again", run=str(event.get("run")))
         elif kind == "not_renewed":
             self._begin("renewed", time, f"certificate: {event.get('reason')}", "renewed")
         elif kind == "server_renewed":
@@ -43,9 +44,9 @@ class _Story:
             self._alive.add(child)
         self._end(f"ready {child}" if kind == "ready" else kind, time)
 
-    def _begin(self, mended_by: str, time: float, what: str, done: str) -> None:
+    def _begin(self, mended_by: str, time: float, what: str, done: str, **more: str) -> None:
         if mended_by not in self._open:
-            self._open[mended_by] = {"time": time, "what": what, "done": done, "seconds": None}
+            self._open[mended_by] = {"time": time, "what": what, "done": done, "seconds": None, **more}
             self.told.append(self._open[mended_by])
 
     def _end(self, mended_by: str, time: float) -> None:
@@ -54,9 +55,25 @@ class _Story:
             found["seconds"] = round(max(0.0, time - found["time"]), 1)
 
 
-def incidents(events: Iterable[Event]) -> list[dict[str, Any]]:
-    """In order: time (epoch seconds), what, done, and the seconds until it was (None: not yet)."""
+def incidents(events: Iterable[Event], runs: Mapping[str, Iterable[Event]] | None = None) -> list[dict[str, Any]]:
+    """In order: time (epoch seconds), what, done, and the seconds until it was (None: not yet).
+
+    Args:
+        runs: name -> journal. A run that was lost is told as taken up again when its own journal says so, some seconds
+            after its ServerApp was started; where there is no such journal, when it was started.
+    """
     story = _Story()
     for event in events:
         story.hear(event)
+    for told in story.told:
+        run = told.pop("run", None)
+        if run in (runs or {}):
+            told["seconds"] = _until_taken_up(told["time"], (runs or {})[run])
     return story.told
+
+
+def _until_taken_up(lost: float, journal: Iterable[Event]) -> float | None:
+    """Seconds from the loss of a run to the next session in its journal; None where there is none yet."""
+    sessions = [event.get("time") for event in journal if event["event"] == "session"]
+    later = [time - lost for time in sessions if isinstance(time, int | float) and time >= lost]
+    return round(min(later), 1) if later else None

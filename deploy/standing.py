@@ -106,12 +106,13 @@ class Standing:
                 for event in (told.events[-SHOWN_EVENTS:] if told else [])
             ],
             "events_total": len(told.events) if told else 0,
-            "incidents": _tolerant(self._incidents, list[dict[str, Any]](), problems)[-SHOWN_INCIDENTS:],
+            "incidents": _tolerant(lambda: self._incidents(runs), list[dict[str, Any]](), problems)[-SHOWN_INCIDENTS:],
             "problems": problems,
         }
 
-    def _incidents(self) -> list[dict[str, Any]]:
-        return incidents(read_events(self.federation.state / "supervisor.jsonl"))
+    def _incidents(self, runs: Sequence[ToldRun]) -> list[dict[str, Any]]:
+        events = read_events(self.federation.state / "supervisor.jsonl")
+        return incidents(events, {run.name: run.events for run in runs})
 
     def runs(self, problems: list[str]) -> list[ToldRun]:
         """All runs, the latest first. One that cannot be read is as it was at the last look, or left out."""

@@ -63,6 +63,23 @@ def test_a_lost_run_and_a_certificate_are_mended_by_their_own_events() -> None:
     assert told == [(10, "run night: its ServerApp's process is gone", 1.0), (20, "certificate: no line", 25.0)]
 
 
+def test_a_lost_run_is_taken_up_when_its_own_journal_says_so() -> None:
+    """Not when its ServerApp was started; each loss with the next session; one that is still to come has no seconds."""
+    lost = [at(time, "run_lost", run="night", reason="x") for time in (10, 50, 90)]
+    started = [at(time, "run_started", run="night") for time in (10, 50, 90)]
+    events = [event for pair in zip(lost, started, strict=True) for event in pair]
+    night = [
+        at(1, "session"),
+        at(3, "round"),
+        at(17.5, "session"),
+        at(61, "session"),
+        {"event": "session", "time": "x"},
+    ]
+    assert [told["seconds"] for told in incidents(events, {"night": night})] == [7.5, 11.0, None]
+    assert [told["seconds"] for told in incidents(events, {"day": night})] == [0.0, 0.0, 0.0]
+    assert all(set(told) == {"time", "what", "done", "seconds"} for told in incidents(events, {"night": night}))
+
+
 def test_a_supervisor_that_was_killed_shows_at_the_next_start() -> None:
     """It ended nothing: what it had started begins anew."""
     again = at(200, "started", "superlink", restarts=0), at(207, "ready", "superlink")
