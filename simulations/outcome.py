@@ -135,7 +135,7 @@ def write_outcome(
         "cross_site": _cross_site(scores, sites),
         "notes": [
             *_notes(recipe),
-            *_arm_notes(plan, scores, sites),
+            *_arm_notes(plan, scores, sites, events),
             *_step_notes(plan, scores, events),
             *privacy_notes(plan, events),
             *personal_notes(plan),
@@ -175,8 +175,11 @@ def _compared(scores: Mapping[str, SiteScores], sites: Iterable[str]) -> list[st
     return [site for site in sites if all(scored(arm, site) for arm in arms)] or list(sites)
 
 
-def _arm_notes(plan: RunPlan, scores: Mapping[str, SiteScores], sites: Iterable[str]) -> list[str]:
+def _arm_notes(
+    plan: RunPlan, scores: Mapping[str, SiteScores], sites: Iterable[str], events: Iterable[Event]
+) -> list[str]:
     """What a reader of the comparison would otherwise take for granted."""
+    beside = _present("local", scores) or _present("pooled", scores)
     notes = []
     left_out = sorted(set(sites) - set(_compared(scores, sites)))
     if left_out:
@@ -184,7 +187,12 @@ def _arm_notes(plan: RunPlan, scores: Mapping[str, SiteScores], sites: Iterable[
             f"Not scored in every arm, and left out of all means and worst sites: {', '.join(left_out)} (suspended, or "
             "its scoring failed)."
         )
-    if plan.task.privacy is not None and (_present("local", scores) or _present("pooled", scores)):
+    if beside and any(event["event"] == "selected" for event in events):
+        notes.append(
+            "Local-only and pooled training hand out their last model, the federation the round with the best scores on "
+            "the patients that all are compared on: the comparison favours the federation by that choice."
+        )
+    if beside and plan.task.privacy is not None:
         notes.append(
             "Local-only and pooled training were without privacy: no noise, and all weights trained. The comparison "
             "shows what privacy costs, not what a site could do alone with the same promise to its patients."

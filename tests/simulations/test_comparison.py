@@ -29,7 +29,7 @@ def test_a_site_without_a_score_is_left_out_of_every_arm() -> None:
     found = scores(alder=0.7, birch=0.8)
     assert _over_sites(found, SITES, "federated") == {"mean": 0.75, "worst": 0.7}
     assert _over_sites(found, SITES, "local") == {"mean": 0.55, "worst": 0.5}
-    (note,) = _arm_notes(plan(), found, SITES)
+    (note,) = _arm_notes(plan(), found, SITES, [])
     assert "left out of all means and worst sites: cedar" in note
 
 
@@ -37,14 +37,22 @@ def test_all_sites_count_where_all_are_scored() -> None:
     """Nothing is left out, and nothing noted."""
     found = scores(alder=0.7, birch=0.8, cedar=0.3)
     assert _over_sites(found, SITES, "local") == {"mean": pytest.approx(0.4), "worst": 0.1}
-    assert _arm_notes(plan(), found, SITES) == []
+    assert _arm_notes(plan(), found, SITES, []) == []
 
 
 def test_a_private_run_says_that_the_other_arms_are_not() -> None:
     """Its gain or loss is what privacy costs, too."""
     found = scores(alder=0.7, birch=0.8, cedar=0.3)
-    (note,) = _arm_notes(plan(privacy=object()), found, SITES)
+    (note,) = _arm_notes(plan(privacy=object()), found, SITES, [])
     assert "without privacy" in note
+
+
+def test_a_choice_of_round_that_the_other_arms_did_not_have_is_told() -> None:
+    """It was made by scores on the very patients; nobody is told where there is nothing to compare with."""
+    found, events = scores(alder=0.7, birch=0.8, cedar=0.3), [{"event": "round"}, {"event": "selected"}]
+    (note,) = _arm_notes(plan(), found, SITES, events)
+    assert "favours the federation" in note
+    assert _arm_notes(plan(), {"federated": found["federated"]}, SITES, events) == []
 
 
 def test_steps_that_did_not_count_are_told() -> None:
