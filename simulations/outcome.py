@@ -189,7 +189,7 @@ def _arm_notes(
         )
     if beside and any(event["event"] == "selected" for event in events):
         notes.append(
-            "Local-only and pooled training hand out their last model, the federation the round with the best scores on "
+            "Local-only and pooled training hand out their last model, the federation the one with the best scores on "
             "the patients that all are compared on: the comparison favours the federation by that choice."
         )
     if beside and plan.task.privacy is not None:
