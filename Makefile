@@ -41,19 +41,24 @@ federation: $(READY)
 	@if [ -e $(REHEARSAL) ]; then echo "$(REHEARSAL) is there already: remove it, or name another: make federation REHEARSAL=DIR"; exit 2; fi
 	$(BIN)/python -m deploy.rehearsal --out $(REHEARSAL)
 
-# Fast tests side by side; those that start processes of their own, or take long, one after the other.
+# Fast tests side by side, and slow ones of the same file by the same worker; those that start processes of their own, or
+# need the GPU, one after the other.
 WORKERS ?= 2
 FAST := -n $(WORKERS) --dist worksteal -m 'not slow and not e2e and not gpu'
+SLOW := -n $(WORKERS) --dist loadfile -m 'slow and not e2e and not gpu'
+ALONE := -m 'e2e or gpu'
 
-# In continuous integration, what fails of the latter is run once more: some of them wait for real processes on a machine
-# that others use too. Both runs are printed, and what fails twice has failed.
-SLOW := -m 'slow or e2e or gpu'
-AGAIN := $(if $(CI),|| (echo "FAILED ABOVE; ONCE MORE:"; $(BIN)/python -m pytest $(SLOW) --last-failed --last-failed-no-failures none))
+# In continuous integration, what fails of the latter two is run once more: some of them wait for real processes on a
+# machine that others use too. Both runs are printed, and what fails twice has failed.
+again = $(if $(CI),|| (echo "FAILED ABOVE; ONCE MORE:"; $(BIN)/python -m pytest -m '$(1)' --last-failed --last-failed-no-failures none))
 
 # CHECKED=1: the fast ones have passed just now, in `make check`.
 test: $(READY)
 	$(if $(CHECKED),,$(BIN)/python -m pytest $(FAST))
-	$(BIN)/python -m pytest $(SLOW) $(AGAIN)
+	@failed=0; \
+	$(BIN)/python -m pytest $(SLOW) $(call again,slow and not e2e and not gpu) || failed=1; \
+	$(BIN)/python -m pytest $(ALONE) $(call again,e2e or gpu) || failed=1; \
+	exit $$failed
 
 # Of those, the real federations in networks of their own, attacked and killed: a quarter of an hour on two cores.
 test-federation: $(READY)

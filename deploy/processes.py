@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -22,6 +23,7 @@ from server.journal import Journal
 log = logging.getLogger("medsegfed.supervisor")
 
 LOOPBACK = "127.0.0.1"
+MOST_EVENTS = 20_000  # in a supervisor's journal: some weeks of a run that dies every minute
 
 Events = Callable[[str, dict[str, Any]], None]
 
@@ -90,28 +92,35 @@ def teller(path: Path, events: Events) -> Events:
     """Who tells what happens to processes, to a journal and to `events`: from any thread, and without ever raising.
 
     Standard output may be a full disk or a pipe whose reader is gone; whoever keeps processes alive must go on. A
-    journal that is damaged is kept aside, for nothing depends on it.
+    journal that is damaged is kept aside, for nothing depends on it; of one that has grown long, the part before is
+    (path.1), for all of it is read at every look at the status.
 
     Args:
         path: of the journal.
     """
-    lock = threading.Lock()
+    lock, damage = threading.Lock(), None
+    try:
+        journal = Journal(path)
+    except UserError as error:
+        aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
+        path.replace(aside)
+        journal, damage = Journal(path), {"reason": str(error).partition(";")[0], "kept": aside.name}
 
     def tell(event: str, facts: dict[str, Any]) -> None:
+        nonlocal journal
         with lock:
+            if len(journal.events) >= MOST_EVENTS:
+                with contextlib.suppress(OSError):
+                    path.replace(path.with_name(f"{path.name}.1"))
+                    journal = Journal(path)
             note(journal, event, facts)
         try:
             events(event, facts)
         except Exception as error:
             log.warning("%s: could not be told: %s", event, error)
 
-    try:
-        journal = Journal(path)
-    except UserError as error:
-        aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
-        path.replace(aside)
-        journal = Journal(path)
-        tell("journal_damaged", {"reason": str(error).partition(";")[0], "kept": aside.name})
+    if damage is not None:
+        tell("journal_damaged", damage)
     return tell
 
 

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from deploy import processes
 from deploy.processes import teller
 
 
@@ -37,3 +40,19 @@ def test_a_damaged_journal_is_kept_aside(tmp_path: Path) -> None:
     assert kept.read_text() == before
     assert heard[0][0] == "journal_damaged"
     assert "line 2" in heard[0][1]["reason"]
+
+
+def test_a_long_journal_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part before is kept, the one before that is not; a disk that refuses the change loses no event."""
+    monkeypatch.setattr(processes, "MOST_EVENTS", 3)
+    path = tmp_path / "supervisor.jsonl"
+    tell = teller(path, lambda *_: None)
+    for number in range(7):
+        tell("ready", {"number": number})
+    assert [line["number"] for line in lines(path)] == [6]
+    assert [line["number"] for line in lines(tmp_path / "supervisor.jsonl.1")] == [3, 4, 5]
+    (tmp_path / "supervisor.jsonl.1").unlink()
+    (tmp_path / "supervisor.jsonl.1").mkdir()
+    for number in range(7, 11):
+        tell("ready", {"number": number})
+    assert [line["number"] for line in lines(path)] == [6, 7, 8, 9, 10]
