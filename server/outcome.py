@@ -126,6 +126,14 @@ def describe_run(plan: RunPlan) -> dict[str, Any]:
         "local_steps": task.local_steps,
         "engine": plan.engine,
         "strategy": plan.stated(),
+        "training": _training(plan),
+        "participation": {
+            "sites": len(plan.roster),
+            "asked": plan.sample_size,
+            "spare": plan.over_select,
+            "required": plan.required,
+        },
+        "sampling": plain(task.sampling),
         "model": {"preset": plan.preset, "parameters": parameters, **plain(task.model)},
         "dataset": {
             "name": task.dataset.name,
@@ -134,6 +142,17 @@ def describe_run(plan: RunPlan) -> dict[str, Any]:
             "targets": list(LabelScheme.of(task.dataset).targets),
         },
     }
+
+
+def _training(plan: RunPlan) -> dict[str, Any]:
+    """The settings of local steps, with what the run asks of private sites; the augmentation's stay in run.yaml."""
+    training: dict[str, Any] = plain(plan.task.training)
+    del training["augment"]
+    if plan.task.privacy is None:
+        return training
+    asked: dict[str, Any] = plain(plan.task.privacy)
+    asked |= {key: value for key, value in asked.pop("asks").items() if value is not None}
+    return training | {f"privacy_{key}": value for key, value in asked.items()}
 
 
 def arm_score(dice: Sequence[float | None]) -> dict[str, float | None]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -303,8 +303,8 @@ def _incidents(report: Report) -> list[dict[str, str]]:
 
 def _settings(report: Report) -> list[tuple[str, str]]:
     """What is needed to repeat the run, in words."""
-    strategy = ", ".join(_setting(key, value) for key, value in report.strategy.items() if key != "name")
-    model = ", ".join(_setting(key, value) for key, value in report.model.items() if key not in ("preset", "hash"))
+    strategy = _listed({key: value for key, value in report.strategy.items() if key != "name"})
+    model = _listed({key: value for key, value in report.model.items() if key not in ("preset", "hash")})
     parts = ", ".join(
         f"{part} {text.duration_text(spent)}"
         for part, spent in report.seconds.items()
@@ -314,6 +314,7 @@ def _settings(report: Report) -> list[tuple[str, str]]:
         ("Strategy", f"{report.strategy['name']}" + (f" ({strategy})" if strategy else "")),
         ("Rounds", text.rounds_count(report)),
         ("Local steps a round", text.count_text(report.local_steps)),
+        *_how_trained(report),
         ("Seed", str(report.seed)),
         ("Engine", report.engine),
         ("Model", f"MedSegDiff, {report.model['preset'] or 'own settings'} ({model})"),
@@ -330,12 +331,27 @@ def _settings(report: Report) -> list[tuple[str, str]]:
     if report.model.get("hash"):
         pairs.append(("Model's SHA-256", str(report.model["hash"])))
     if report.hardware is not None:
-        pairs.append(("Hardware", ", ".join(_setting(key, value) for key, value in report.hardware.items())))
+        pairs.append(("Hardware", _listed(report.hardware)))
     applications = {site.application for site in report.sites.values()} - {None}
     if applications:
         pairs.append(("Program at the sites", ", ".join(sorted(str(name)[:16] for name in applications))))
     programs = ", ".join(f"{name} {version}" for name, version in report.software.items() if version)
     return [*pairs, ("Software", programs)] if programs else pairs
+
+
+def _how_trained(report: Report) -> Iterator[tuple[str, str]]:
+    """Training, sites a round and masks; a report of an earlier version tells none of them."""
+    if report.training:
+        private = "; private sites have a q and a clip of their own in place of batch size and gradient clip"
+        yield "Training", _listed(report.training) + (private if "privacy_train" in report.training else "")
+    if report.participation is not None:
+        yield "Sites a round", text.participation_text(report.participation)
+    if report.sampling:
+        yield "Masks", _listed(report.sampling)
+
+
+def _listed(settings: Mapping[str, Setting]) -> str:
+    return ", ".join(_setting(key, value) for key, value in settings.items())
 
 
 def _setting(key: str, value: Setting) -> str:

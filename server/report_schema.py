@@ -153,6 +153,16 @@ class Progress(Strict):
 
 
 @dataclass(frozen=True)
+class Participation(Strict):
+    """How many sites a round asks, and how many updates make it one; fewer asked than there are: drawn by the seed."""
+
+    sites: Count
+    asked: Count
+    spare: Count  # asked beside them: the first `asked` usable updates make the round
+    required: Count
+
+
+@dataclass(frozen=True)
 class Incident(Strict):
     """What failed during a run of a real federation, and what came of it."""
 
@@ -183,6 +193,9 @@ class Report(Strict):
     hardware: dict[str, str | int | None] | None
     notes: tuple[str, ...]
     cross_site: CrossSite | None = None
+    training: dict[str, Setting] | None = None  # of local steps; None in reports of earlier versions, as the next two
+    participation: Participation | None = None
+    sampling: dict[str, Setting] | None = None  # of masks
     progress: Progress | None = None
     incidents: tuple[Incident, ...] = ()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from server.report_schema import Arm, Report
+from server.report_schema import Arm, Participation, Report
 from server.rounds import RunState
 
 ARM_NAMES: dict[Arm, str] = {
@@ -73,6 +73,16 @@ def rounds_text(rounds: tuple[int, ...]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
+
+
+def participation_text(asked: Participation) -> str:
+    """ "all 5 asked; a round counts with 4 updates"."""
+    if asked.asked == asked.sites:
+        who = f"all {asked.sites} asked"
+    else:
+        spare = f", and {asked.spare} more to spare" if asked.spare else ""
+        who = f"{asked.asked} of {asked.sites} asked, drawn by the run's seed{spare}"
+    return f"{who}; a round counts with {plural(asked.required, 'update')}"
 
 
 def plural(number: int, noun: str) -> str:

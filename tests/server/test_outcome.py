@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from fake_sites import on, run, say
 from flwr.app import MessageType
 from told_run import APPLICATION, BEGIN, FINAL_DICE, SOFTWARE, beginning, model_of_the_end, plan_of, story, write_run
 
+from client.contract import PrivacyRequest, PrivacyTask
+from medsegdiff.config import SamplingConfig, TrainingConfig
 from medsegdiff.errors import UserError
 from medsegdiff.network import parameter_count
 from medsegdiff.weights import build, initial_weights, serialise
 from server.journal import read_events
 from server.outcome import describe_run, federation_report, write_federation_report
+from server.report import write_report
 from server.report_schema import parse_report
 from server.report_text import headline
 
@@ -89,6 +93,31 @@ def test_a_run_that_was_really_carried_out(make_run) -> None:
     assert [fault["round"] for fault in report["sites"]["birch"]["rejected_rounds"]] == [1, 2]
     assert report["sites"]["alder"]["patients"] == {"train": 3, "test": 1}
     assert report["model"]["hash"] == rounds[-1]["model_hash"]
+
+
+def test_how_a_run_trains_is_told(tmp_path) -> None:
+    """The plan's own numbers, in report.json and on the page; a report of an earlier version is still read."""
+    plan = plan_of()
+    training = TrainingConfig(batch_size=3, learning_rate=0.002)
+    task = replace(plan.task, training=training, sampling=SamplingConfig(steps=7, members=4))
+    report = page_and_report(tmp_path, story(3), task=task)
+    assert (report["training"]["learning_rate"], report["training"]["weight_decay"]) == (0.002, training.weight_decay)
+    assert report["participation"] == {"sites": 3, "asked": 3, "spare": 0, "required": 2}
+    said = words(tmp_path)
+    assert "Local steps a round 20 Training batch size 3, learning rate 0.002, " in said
+    assert "Sites a round all 3 asked; a round counts with 2 updates Masks sampler dpmpp_2m, steps 7, members 4" in said
+    assert "privacy" not in said
+    del report["training"], report["participation"], report["sampling"]
+    assert "<dt>Masks</dt>" not in write_report(tmp_path, report).read_text()
+
+
+def test_a_part_of_the_sites_and_private_steps_are_told(tmp_path) -> None:
+    """Two of three drawn; the privacy that the run asks for, and that a private site knows no batch size."""
+    privacy = PrivacyTask(asks=PrivacyRequest(sigma=2.5))
+    page_and_report(tmp_path, story(3), sample=2, quorum=1, task=replace(plan_of().task, privacy=privacy))
+    said = words(tmp_path)
+    assert "2 of 3 asked, drawn by the run&#39;s seed; a round counts with 1 update " in said
+    assert "privacy required True, privacy train low_rank, privacy sigma 2.5; private sites have a q" in said
 
 
 def test_nothing_is_said_of_models_that_were_not_trained(tmp_path) -> None:

@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_sample import sample_report
 
-from server.report_schema import parse_report
-from server.report_text import bytes_text, difference, duration_text, headline, rounds_count, rounds_text
+from server.report_schema import Participation, parse_report
+from server.report_text import (
+    bytes_text,
+    difference,
+    duration_text,
+    headline,
+    participation_text,
+    rounds_count,
+    rounds_text,
+)
 
 
 def headline_of(report: dict[str, Any]) -> str:
@@ -61,6 +69,20 @@ def test_headline_of_a_run_without_comparison() -> None:
     assert "mean Dice of 0.800, and 0.700 at the worst site" in alone
     beside_pooled = headline_of(with_scores(federated=(0.8, 0.7), pooled=(0.79, 0.7)))
     assert beside_pooled.endswith("on the mean it is 0.010 over one model trained on all data pooled (0.790).")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (Participation(5, 5, 0, 5), "all 5 asked; a round counts with 5 updates"),
+        (Participation(5, 5, 0, 1), "all 5 asked; a round counts with 1 update"),
+        (Participation(9, 3, 0, 3), "3 of 9 asked, drawn by the run's seed; a round counts with 3 updates"),
+        (Participation(9, 3, 2, 2), "3 of 9 asked, drawn by the run's seed, and 2 more to spare; a round counts with"),
+    ],
+)
+def test_who_is_asked_in_a_round(asked: Participation, said: str) -> None:
+    """All sites or a draw of them, and the updates without which a round does not count."""
+    assert participation_text(asked).startswith(said)
 
 
 @given(st.sets(st.integers(0, 60)))

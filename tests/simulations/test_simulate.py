@@ -46,6 +46,11 @@ def test_a_simulation_leaves_a_whole_run_folder_and_repeats_bit_for_bit(tiny_rec
     )  # fmt: skip
     assert set(report["arms"]) == {"federated", "local", "pooled"}
     assert report["sites"]["alder"]["patients"] == {"train": 2, "test": 1}
+    assert (report["training"]["batch_size"], report["sampling"]["steps"], report["participation"]["asked"]) == (
+        2,
+        1,
+        2,
+    )
     # Up: an update a site and round. Down: the first model, and after each round the new one, scored and trained.
     assert report["bytes"]["up"] * 3 == report["bytes"]["down"] * 2 > 0
     run(recipe, tmp_path / "two")
