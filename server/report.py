@@ -175,6 +175,8 @@ def _page(report: Report, examples: Sequence[Example]) -> str:
         caveats=text.caveats(report),
         arm_names=text.ARM_NAMES,
         arms=report.present_arms,
+        kept=text.kept_part(report),
+        second_models=text.second_models(report),
         rows=[_site_row(report, name) for name in report.sites],
         ends=_end_rows(report),
         bars=_svg(plots.dice_bars(report)),

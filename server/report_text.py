@@ -14,6 +14,12 @@ ARM_NAMES: dict[Arm, str] = {
     "pooled": "Pooled",
 }
 NONE = "–"  # an en dash: the figure does not apply or was not reported
+# By kind of personalisation: how a site's second model is made, or what of the common one it keeps to itself.
+SECOND_MODELS = {
+    "ditto": "trained beside the federated one and pulled towards it (Ditto)",
+    "fine_tune": "trained on from the federated one (fine-tuning)",
+}
+KEPT = {"local_norms": "normalisation layers (FedBN)", "shared_encoder": "decoder (FedPer)"}
 FEW_PATIENTS = 10  # below this a single patient moves a site's mean Dice by up to 0.1 or more
 
 
@@ -164,12 +170,12 @@ def _result(report: Report, when: str) -> str:
         site = worst_site(report, "federated")
         lowest = f", and {dice_text(worst)} at the worst site" if worst is not None else ""
         named = f" ({site})" if site and lowest else ""
-        text = f"{after}, the federated model reaches a mean Dice of {dice_text(mean)}{lowest}{named}"
+        text = f"{after}, {federated_model(report)} reaches a mean Dice of {dice_text(mean)}{lowest}{named}"
         rest = "" if "pooled" in report.present_arms else _no_comparison()
         return f"{text}{_against_pooled(report)}.{_personalised(report)}{rest}"
     low_gain = difference(worst, report.worst_of("local"))
     text = (
-        f"{after}, {_verdict(gain, low_gain)}: mean Dice {dice_text(mean)} against "
+        f"{after}, {_verdict(federated_model(report), gain, low_gain)}: mean Dice {dice_text(mean)} against "
         f"{dice_text(report.mean_of('local'))} ({signed_text(gain)})"
     )
     if low_gain is not None:
@@ -179,21 +185,36 @@ def _result(report: Report, when: str) -> str:
     return f"{text}{_against_pooled(report)}.{_losses(report)}{_personalised(report)}"
 
 
+def kept_part(report: Report) -> str | None:
+    """The part of the common model that each site keeps to itself."""
+    return KEPT.get(str(report.strategy.get("personalisation")))
+
+
+def federated_model(report: Report) -> str:
+    """What the federated arm is, with the part that is each site's own."""
+    kept = kept_part(report)
+    return "the federated model" + (f" with each site's own {kept}" if kept else "")
+
+
+def second_models(report: Report) -> str:
+    """How the sites' own second models are made."""
+    return SECOND_MODELS.get(str(report.strategy.get("personalisation")), "kept by each site")
+
+
 def _personalised(report: Report) -> str:
     mean, worst = report.mean_of("personalised"), report.worst_of("personalised")
     if mean is None:
         return ""
     at_worst = f", {dice_text(worst)} at the worst site" if worst is not None else ""
-    return f" The sites' own second models, which stay with them, reach {dice_text(mean)}{at_worst}."
+    return f" The sites' own second models, {second_models(report)}, reach {dice_text(mean)}{at_worst}."
 
 
 def _no_comparison() -> str:
     return " No other model was trained beside it, so what federation gained is not measured here."
 
 
-def _verdict(gain: float, low_gain: float | None) -> str:
+def _verdict(subject: str, gain: float, low_gain: float | None) -> str:
     """The claim that the two differences bear out, and no more."""
-    subject = "the federated model"
     if low_gain is None or ((gain > 0) == (low_gain > 0) and (gain < 0) == (low_gain < 0)):
         if gain == 0:
             return f"{subject} ties with local-only training"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from report_sample import sample_report
 
+from client.personalisation import Kind
+from server.report import write_report
 from server.report_schema import Participation, parse_report
 from server.report_text import (
+    KEPT,
+    SECOND_MODELS,
     bytes_text,
     difference,
     duration_text,
@@ -93,6 +98,41 @@ def test_joined_rounds_hold_the_same_rounds(rounds: set[int]) -> None:
         first, _, last = part.partition("–")
         back |= set(range(int(first), int(last or first) + 1))
     assert back == rounds
+
+
+@pytest.mark.parametrize(
+    ("kind", "made"),
+    [
+        ("ditto", "trained beside the federated one and pulled towards it (Ditto)"),
+        ("fine_tune", "trained on from the federated one (fine-tuning)"),
+        (None, "kept by each site"),  # a report that does not tell
+    ],
+)
+def test_second_models_are_told_by_how_they_are_made(tmp_path: Path, kind: str | None, made: str) -> None:
+    """Ditto's are trained at the federated one's side, not on from it: in the headline and among the definitions."""
+    report = with_scores(federated=(0.8, 0.7), personalised=(0.85, 0.75))
+    report["strategy"] |= {"personalisation": kind} if kind else {}
+    assert f" The sites' own second models, {made}, reach 0.850, 0.750 at the worst site." in headline_of(report)
+    page = write_report(tmp_path, report).read_text()
+    assert f"<i>Personalised</i>: each site's own second model, {made}; it never leaves the site." in page
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("local_norms", "normalisation layers (FedBN)"), ("shared_encoder", "decoder (FedPer)")]
+)
+def test_a_part_that_stays_at_the_sites_is_told_with_the_federated_model(tmp_path: Path, kind: str, kept: str) -> None:
+    """No single model has these scores: the common weights do, with each site's own."""
+    report = with_scores(federated=(0.8, 0.7), local=(0.7, 0.6))
+    report["strategy"]["personalisation"] = kind
+    assert f"sites, the federated model with each site's own {kept} beats local-only" in headline_of(report)
+    del report["arms"]["local"]
+    assert f"sites, the federated model with each site's own {kept} reaches a mean" in headline_of(report)
+    assert f"without moving images, with each site&#39;s own {kept}." in write_report(tmp_path, report).read_text()
+
+
+def test_every_kind_of_personalisation_has_its_words() -> None:
+    """A new kind is not passed over in silence."""
+    assert {*SECOND_MODELS, *KEPT} == set(get_args(Kind)) - {"none"}
 
 
 @given(st.floats(0, 1), st.floats(0, 1))

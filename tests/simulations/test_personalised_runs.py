@@ -229,6 +229,8 @@ def test_a_simulation_is_reported_with_it(tiny_recipe, tmp_path, personalisation
     assert ("personalised" in outcome.report["arms"]) == (personalisation.kind == "fine_tune")
     assert ("Personalised" in outcome.html.read_text()) == (personalisation.kind == "fine_tune")
     assert ("own second models" in outcome.html.read_text()) == (personalisation.kind == "fine_tune")
+    assert ("(FedPer)" in outcome.html.read_text()) == (personalisation.kind == "shared_encoder")
+    assert ("(fine-tuning)" in outcome.html.read_text()) == (personalisation.kind == "fine_tune")
     assert any(personalisation.kind in note for note in outcome.report["notes"])
 
 
