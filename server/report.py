@@ -2,8 +2,9 @@
 
 metrics.csv is one number a row: round, arm, site, target, metric, value. A number that is not known has no row.
 - `loss` and `dice` are the federated learning curves, with their round.
-- `test_dice` and `test_hd95_mm` (no round) are the final models on each site's held-out patients; rows with a target
-  are for that target alone, rows without one for the mean over targets.
+- `test_dice` and `test_hd95_mm` (no round) are the final models, the federated one that of report.json's
+  `progress.scored`, on each site's held-out patients; rows with a target are for that target alone, rows without one
+  for the mean over targets.
 - `test_dice_mean` and `test_dice_worst` (no round, no site) are an arm's mean over sites and its lowest site.
 - `epsilon` (no round) is the privacy loss a site has spent.
 """
@@ -179,6 +180,7 @@ def _page(report: Report, examples: Sequence[Example]) -> str:
         second_models=text.second_models(report),
         rows=[_site_row(report, name) for name in report.sites],
         ends=_end_rows(report),
+        models_shown=text.models_shown(report),
         bars=_svg(plots.dice_bars(report)),
         loss=_svg(plots.learning_curves(report, "loss")),
         curves=_svg(plots.learning_curves(report, "dice")),

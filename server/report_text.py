@@ -109,9 +109,17 @@ def lost_sites(report: Report) -> list[str]:
     ]
 
 
+def compared_sites(report: Report) -> list[str]:
+    """The sites that means and worst sites are over: scored in federated, local and pooled training, where these were
+    carried out. All, where no site's own scores are told."""
+    arms = [arm for arm in report.present_arms if arm != "personalised"]
+    scored = [name for name, site in report.sites.items() if all(site.dice_of(arm) is not None for arm in arms)]
+    return scored or list(report.sites)
+
+
 def worst_site(report: Report, arm: Arm) -> str | None:
-    """Name of the site where `arm` has its lowest Dice."""
-    scored = {name: dice for name, site in report.sites.items() if (dice := site.dice_of(arm)) is not None}
+    """Name of the site, of those compared, where `arm` has its lowest Dice."""
+    scored = {name: dice for name in compared_sites(report) if (dice := report.sites[name].dice_of(arm)) is not None}
     return min(scored, key=lambda name: scored[name]) if scored else None
 
 
@@ -160,9 +168,22 @@ def rounds_run(report: Report) -> str:
     return f"{early}{plural(report.rounds, 'round')}{another}"
 
 
+def models_shown(report: Report) -> str:
+    """Of which models the last scores are: "final models", or the scored round's, beside the other arms' final ones."""
+    told = report.progress
+    if told is None or told.scored is None or (report.unfinished is None and told.scored == told.committed):
+        return "final models"
+    shown = [arm for arm in report.present_arms if arm in ("federated", "personalised")]
+    model = f"the {'model' if len(shown) == 1 else 'models'} of round {told.scored}"
+    beside = " and ".join(ARM_NAMES[arm].lower() for arm in report.present_arms if arm not in shown)
+    return f"{' and '.join(shown)}: {model}; {beside}: final models" if beside else model
+
+
 def _result(report: Report, when: str) -> str:
     mean, worst = report.mean_of("federated"), report.worst_of("federated")
-    after = f"{when} over {plural(len(report.sites), 'site')}"
+    over = len(compared_sites(report))
+    all_sites = plural(len(report.sites), "site")
+    after = f"{when} over {all_sites}" if over == len(report.sites) else f"{when}, over {over} of {all_sites}"
     if mean is None:
         return f"{after}, no Dice of the federated model was reported."
     gain = difference(mean, report.mean_of("local"))

@@ -20,6 +20,7 @@ from server.report_text import (
     difference,
     duration_text,
     headline,
+    key_figures,
     participation_text,
     rounds_count,
     rounds_text,
@@ -98,6 +99,47 @@ def test_joined_rounds_hold_the_same_rounds(rounds: set[int]) -> None:
         first, _, last = part.partition("–")
         back |= set(range(int(first), int(last or first) + 1))
     assert back == rounds
+
+
+def test_a_comparison_counts_the_sites_that_its_means_are_over() -> None:
+    """A site that an arm has no score of is in no mean: neither counted nor named as the worst. Second models are no
+    such arm."""
+    report = sample_report()
+    report["sites"]["Aachen"]["dice"]["personalised"] = 0.9
+    assert headline_of(report).startswith("After 12 rounds over 4 sites, the federated model beats")
+    last = report["sites"]["St Mary's Hospital"]
+    last["dice"] |= {"pooled": None, "federated": 0.1}
+    assert headline_of(report).startswith("After 12 rounds, over 3 of 4 sites, the federated model beats")
+    assert key_figures(parse_report(report))[1].label == "Worst site (Coimbra)"
+
+
+@pytest.mark.parametrize(
+    ("progress", "arms", "said"),
+    [
+        (None, ("federated", "local", "pooled"), "final models"),
+        (("finished", 12, 12), ("federated", "local", "pooled"), "final models"),
+        (("finished", 12, 7), ("federated",), "the model of round 7"),
+        (("finished", 12, 7), ("federated", "personalised"), "the models of round 7"),
+        (
+            ("finished", 12, 7),
+            ("federated", "local", "pooled"),
+            "federated: the model of round 7; local only and pooled: final models",
+        ),
+        (("running", 8, 8), ("federated",), "the model of round 8"),
+        (("running", 8, None), ("federated",), "final models"),
+    ],
+)
+def test_bars_are_of_the_scored_rounds_model(
+    tmp_path: Path, progress: tuple[str, int, int | None] | None, arms: tuple[str, ...], said: str
+) -> None:
+    """Where an earlier round's model is handed out, its scores are not called the final model's."""
+    report = sample_report()
+    if progress is not None:
+        report["progress"] = dict(zip(("state", "committed", "scored"), progress, strict=True))
+    report["arms"] = dict.fromkeys(arms, report["arms"]["federated"])
+    for site in report["sites"].values():
+        site["dice"] = dict.fromkeys(arms, 0.5)
+    assert f"<figcaption>Held-out patients, {said}.</figcaption>" in write_report(tmp_path, report).read_text()
 
 
 @pytest.mark.parametrize(
