@@ -143,8 +143,8 @@ def collect(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """The figures of all finished simulations.
 
     Returns:
-        `rows`: for each budget label, asked (null: without privacy), spent and sigma (largest over sites), and mean,
-        worst and their standard deviations over repetitions; `start`, `local`: what they stand beside.
+        `rows`: for each budget label, asked (null: without privacy), spent and sigma (largest over sites), rows a step,
+        and mean, worst and their standard deviations over repetitions; `start`, `local`: what they stand beside.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for label, cell in budget_cells(recipe):
@@ -163,6 +163,7 @@ def collect(folder: Path, recipe: Recipe) -> dict[str, Any]:
                 "patients": sum(row["patients"]["train"] for row in told["sites"].values()),
                 "sites": len(told["sites"]),
                 "trained": _trained(folder / label),
+                "rows_a_step": rows_a_step(cell, fmean(row["patients"]["train"] for row in told["sites"].values())),
             }
         )
     rows = [_row(name, each) for name, each in found.items()]
@@ -189,6 +190,7 @@ def _row(name: str, each: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "spent": max((one["spent"] for one in each if one["spent"] is not None), default=None),
         "sigma": max((one["sigma"] for one in each if one["sigma"] is not None), default=None),
         "trained": each[0]["trained"],
+        "rows_a_step": _mean([one["rows_a_step"] for one in each]),
         "mean": _mean(means),
         "spread": stdev(means) if len(means) > 1 else None,
         "worst": _mean([one["worst"] for one in each]),
@@ -198,6 +200,15 @@ def _row(name: str, each: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
+
+
+def rows_a_step(recipe: Recipe, patients: float) -> float:
+    """Rows (a slice at one timestep and noise) that a step takes at a site of so many patients; privately: expected."""
+    privacy, asked = recipe.world.privacy, recipe.run.privacy
+    if privacy is None or asked is None:
+        return recipe.run.training.batch_size
+    q, slices, draws = (getattr(asked.asks, name) or getattr(privacy, name) for name in ("q", "slices", "draws"))
+    return float(q * patients * slices * draws)
 
 
 def _largest_sigma(folder: Path) -> float | None:
@@ -238,9 +249,9 @@ def markdown(figures: dict[str, Any]) -> str:
         f"{figures['local_steps']} steps, delta {figures['delta']:g}; mean over {figures['repetitions']} "
         "repetition(s), standard deviation over them behind the sign.",
         "",
-        "| training | sigma | epsilon spent | trained numbers | mean Dice | worst site |",
-        "|---|---|---|---|---|---|",
-        f"| the public model, untrained here | | 0 | 0 | {_dice(figures['start'])} | |",
+        "| training | sigma | epsilon spent | trained numbers | rows a step | mean Dice | worst site |",
+        "|---|---|---|---|---|---|---|",
+        f"| the public model, untrained here | | 0 | 0 | 0 | {_dice(figures['start'])} | |",
     ]
     for row in figures["rows"]:
         name = {NONE: "no privacy, the same set", ALL: "no privacy, all weights"}.get(
@@ -249,10 +260,15 @@ def markdown(figures: dict[str, Any]) -> str:
         spread = f" ± {row['spread']:.3f}" if row["spread"] is not None else ""
         head.append(
             f"| {name} | {_number(row['sigma'])} | {_number(row['spent'])} | {row['trained']:,} | "
-            f"{_dice(row['mean'])}{spread} | {_dice(row['worst'])} |"
+            f"{_number(row['rows_a_step'])} | {_dice(row['mean'])}{spread} | {_dice(row['worst'])} |"
         )
-    head.append(f"| each site alone, no privacy, all weights | | | | {_dice(figures['local'])} | |")
-    return "\n".join([*head, "", *(f"- {line}" for line in verdict(figures))]) + "\n"
+    plain = next((_number(row["rows_a_step"]) for row in figures["rows"] if row["name"] == ALL), "")
+    head.append(f"| each site alone, no privacy, all weights | | | | {plain} | {_dice(figures['local'])} | |")
+    note = (
+        "Rows a step: slices at one timestep and noise each, at a site; of a private step, which draws patients, on "
+        "average. Where they differ, so does more than privacy."
+    )
+    return "\n".join([*head, "", note, "", *(f"- {line}" for line in verdict(figures))]) + "\n"
 
 
 def _tick(row: dict[str, Any]) -> str:

@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks import privacy_utility
 from benchmarks.privacy_utility import PATIENTS, RECIPES, cells_of, summarise, work_through
-from simulations.budgets import budget_cells
+from benchmarks.turns import RESULTS
+from simulations.budgets import budget_cells, rows_a_step
 from simulations.recipe import read_recipe
 
 SMALL = """
@@ -64,6 +65,21 @@ def test_shipped_comparisons_can_be_read(name: str, tmp_path: Path) -> None:
     assert read_recipe(cells[0].recipe).world.dataset == (dataset or "phantoms")
 
 
+def test_the_page_tells_the_rows_that_a_step_takes() -> None:
+    """Private and plain steps of the published comparisons, as their recipes and their measured patients give them."""
+    measured = json.loads((RESULTS / "privacy_utility.json").read_text())["comparisons"]
+    private, plain = [], []
+    for found in measured:
+        cells = dict(budget_cells(read_recipe(Path(found["recipe"]))))
+        patients = found["patients"] / found["sites"]
+        private.append(f"{rows_a_step(cells['epsilon-8-0'], patients):.0f}")
+        assert rows_a_step(cells["none-0"], patients) == rows_a_step(cells["all-weights-0"], patients)
+        plain.append(f"{rows_a_step(cells['none-0'], patients):.0f}")
+    page = " ".join((RESULTS.parents[1] / "docs" / "privacy.md").read_text().split())
+    assert f"on average {private[0]} rows at a hospital of the hippocampi and {private[1]} of the gliomas" in page
+    assert f"a plain step takes {plain[0]} and {plain[1]} rows" in page
+
+
 @pytest.mark.slow
 def test_a_comparison_is_carried_out_and_goes_on(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -80,6 +96,7 @@ def test_a_comparison_is_carried_out_and_goes_on(
     (figures,) = result["comparisons"]
     assert [row["name"] for row in figures["rows"]] == ["epsilon-8", "none", "all-weights"]
     assert 0 < figures["rows"][0]["spent"] <= 8
+    assert [row["rows_a_step"] for row in figures["rows"]] == [0.5 * 3 * 1 * 1, 2, 2]  # three patients train at a site
     assert "small: Dice against epsilon" in capsys.readouterr().out
     cells = cells_of(recipe, None, out)
     assert all(cell.finished for cell in cells)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from client.contract import PrivacyRequest, PrivacyTask
 from client.privacy.account import Ceiling, frozen_delta, ledger_path
 from client.privacy.accounting import Mechanism, epsilon
 from client.privacy.ledger import Ledger
@@ -16,7 +17,16 @@ from client.site import SiteConfig
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
 from medsegdiff.weights import hash_weights, load_model, read_tensors
-from simulations.budgets import _tick, budget_cells, compare_budgets, draw, markdown, verdict, wants_budgets
+from simulations.budgets import (
+    _tick,
+    budget_cells,
+    compare_budgets,
+    draw,
+    markdown,
+    rows_a_step,
+    verdict,
+    wants_budgets,
+)
 from simulations.private_world import Pretraining, WorldPrivacy
 from simulations.recipe import read_recipe
 from simulations.simulate import simulate
@@ -108,6 +118,15 @@ def test_cells_differ_in_budget_alone(tiny_recipe) -> None:
     assert cells["all-weights-0"].arms == ("local",)
 
 
+def test_rows_of_a_step_are_the_recipes(tiny_recipe) -> None:
+    """q, slices and draws of the site, or what the run asks in their place; without privacy the batch."""
+    recipe = read_recipe(tiny_recipe(*PRIVATE))
+    assert rows_a_step(recipe, 10) == 0.5 * 10 * 4 * 8
+    assert rows_a_step(read_recipe(tiny_recipe()), 10) == 2
+    asked = replace(recipe.run, privacy=PrivacyTask(asks=PrivacyRequest(q=0.25, draws=2)))
+    assert rows_a_step(replace(recipe, run=asked), 10) == 0.25 * 10 * 4 * 2
+
+
 @pytest.mark.slow
 def test_a_comparison_ends_in_figures_table_and_plot(tiny_recipe, tmp_path) -> None:
     """Goes on where it was; the table has every budget, and says of each what it gained."""
@@ -129,7 +148,7 @@ def test_a_comparison_ends_in_figures_table_and_plot(tiny_recipe, tmp_path) -> N
 def _figures_row(name: str, asked: float | None, mean: float, spread: float, worst: float) -> dict[str, object]:
     spent, sigma = (0.99 * asked, 9.0) if asked is not None else (None, None)
     told = {"name": name, "asked": asked, "spent": spent, "sigma": sigma, "trained": 10}
-    return told | {"mean": mean, "spread": spread, "worst": worst}
+    return told | {"rows_a_step": 28.5 if asked else 8.0, "mean": mean, "spread": spread, "worst": worst}
 
 
 FIGURES = {
@@ -149,7 +168,9 @@ def test_what_learned_nothing_is_called_useless() -> None:
     assert "At epsilon 1 private training is useless with 30 patients" in low
     assert "gains +0.200" in high
     text = markdown(FIGURES)
-    assert "| epsilon 1 | 9 | 0.99 | 10 | 0.505 ± 0.020 | 0.500 |" in text
+    assert "| epsilon 1 | 9 | 0.99 | 10 | 28.5 | 0.505 ± 0.020 | 0.500 |" in text
+    assert "| no privacy, the same set |  |  | 10 | 8 | 0.800" in text
+    assert "Where they differ, so does more than privacy." in text
     assert draw(FIGURES) == draw(FIGURES)
 
 
