@@ -113,6 +113,18 @@ def test_privacy_loss_is_in_the_metrics(tmp_path: Path) -> None:
     assert {row["metric"] for row in rows} == {"epsilon", "test_dice_mean", "test_dice_worst"}
 
 
+def test_sites_that_were_not_drawn_did_not_take_part_in_every_round(tmp_path: Path) -> None:
+    """Where rounds ask a part of the sites, nobody missed a round and yet not all were in it."""
+    report = sample_report()
+    for site in report["sites"].values():
+        site |= {"absent_rounds": [], "rejected_rounds": [], "faults": 0}
+    assert "<p>Every site took part in every round; no update" in page_of(tmp_path, report)
+    report["participation"] = {"sites": 4, "asked": 4, "spare": 0, "required": 4}
+    assert "<p>Every site took part in every round; no update" in page_of(tmp_path, report)
+    report["participation"]["asked"] = 2
+    assert "<p>Every site took part in every round that asked it; no update" in page_of(tmp_path, report)
+
+
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     """Two runs of the writer agree byte for byte, whatever the user's Matplotlib settings are in between."""
     write_report(tmp_path / "a", sample_report(), sample_examples(sites=SITES[:1]))
