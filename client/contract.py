@@ -39,9 +39,8 @@ MOST_SITES = 10_000  # of a run whose sites keep state: each question names an u
 LARGEST = 1e9  # of a loss, a distance or a time: sums over sites and rounds of what is accepted stay finite
 
 SIGNATURE = "signature"  # the record beside a signed message
-REFUSED = (
-    100  # Error.code of a site that will not or cannot answer; its reason is one of REFUSALS, the rest stays there
-)
+# Error.code of a site that will not or cannot answer; its reason is one of REFUSALS, the rest stays there.
+REFUSED = 100
 
 # All that a refusal may say. The details, and any name of a file or a patient, stay in the site's own log.
 REFUSALS = {

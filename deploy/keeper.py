@@ -92,9 +92,8 @@ class RunKeeper:
     def look(self) -> None:
         """Compare what should be with what is, and mend the difference."""
         admitted = {s: m.node_key for s, m in self.federation.members().items() if m.active}
-        if (
-            admitted != self._admitted
-        ):  # at the first look, too: somebody may have come in since the gateway was configured
+        if admitted != self._admitted:
+            # At the first look, too: somebody may have come in since the gateway was configured.
             self.members_changed()
             self._admitted = admitted
         self._control = self._control or self.connect()  # kept: a new TLS connection at every look costs the SuperLink
@@ -131,9 +130,8 @@ class RunKeeper:
             # A run that the coordinator stopped and asked for again at once is wanted, but nothing of it was lost.
             going_on = wanted(folder) and not has_ended(folder, self._events)
             damage = {}
-        except (
-            UserError
-        ) as error:  # a damaged journal: nothing goes on with it, and once Flower's run is over others do
+        except UserError as error:
+            # A damaged journal: nothing goes on with it, and once Flower's run is over others do.
             going_on, damage = False, {"reason": str(error)}
         reason = "the SuperLink was started anew" if found is None else f"its ServerApp ended: {found.detail[:200]}"
         if found is not None and found.status != "finished":

@@ -64,9 +64,8 @@ class FederationCollector(Collector):
                 status = self._standing.status(self.clock())
                 metrics = list(_metrics(status, self._standing))
                 up = 1
-            except (
-                Exception
-            ) as error:  # Prometheus must see medsegfed_up 0, not an error page that looks like no server
+            except Exception as error:
+                # Prometheus must see medsegfed_up 0, not an error page that looks like no server.
                 if str(error) != self._trouble:  # once, not at every scrape
                     log.error("no metrics: %s", error, exc_info=not isinstance(error, UserError))
                 metrics, up, self._trouble = [], 0, str(error)

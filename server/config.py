@@ -130,9 +130,8 @@ class ScreeningConfig(Strict):
 class SelectionConfig(Strict):
     """Which round's model is handed out, and when a run ends early. Chosen on held-out patients: the report says so."""
 
-    by: Literal["last", "mean", "worst"] = (
-        "last"  # round; or the scored round with the best mean, or worst site's, Dice
-    )
+    # The last round, or the scored one with the best mean, or worst site's, Dice.
+    by: Literal["last", "mean", "worst"] = "last"
     patience: int | None = None  # scored rounds without a better one after which the run ends; null: it never does
 
     def __post_init__(self) -> None:

@@ -51,9 +51,8 @@ class Expected:
     shapes: Mapping[str, tuple[int, ...]]
     targets: tuple[str, ...]  # what scores may be reported of
     largest_norm: float | None = None  # most that the update's 2-norm may be; None: any
-    largest_control: float | None = (
-        None  # most that the 2-norm of a control variate's change may be; None: there is none
-    )
+    # Most that the 2-norm of a control variate's change may be; None: there is none.
+    largest_control: float | None = None
     second_model: bool = False  # whether sites score one of their own as well
     compression: Compression = Compression()  # of the update
     key: str | None = None  # enrolled Ed25519 key (hex) that must have signed; None: a virtual site

@@ -37,9 +37,8 @@ class Expectations:
 
     min_patients: int = 1  # training patients, from the site's policy
     asked: tuple[DatasetConfig, ...] = ()  # of approved and pending runs
-    image_size: int = (
-        256  # pixels a side that cases are prepared at: the runs' largest, else that of the presets S to L
-    )
+    # Pixels a side that cases are prepared at: the runs' largest, else that of the presets S to L.
+    image_size: int = 256
     cache: Path | None = None  # where prepared cases go
 
 

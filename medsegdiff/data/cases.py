@@ -58,9 +58,8 @@ class DatasetConfig(Strict):
     labels: dict[
         str, LabelValue | tuple[LabelValue, ...]
     ]  # name -> value(s) in the mask files; "background" among them
-    targets: dict[str, tuple[str, ...]] | None = (
-        None  # what is segmented -> labels joined; default: each label but background
-    )
+    # What is segmented -> labels joined; default: each label but background.
+    targets: dict[str, tuple[str, ...]] | None = None
     slice_axis: int = 2  # of a volume turned to right-anterior-superior axes: 0 sagittal, 1 coronal, 2 axial slices
     codes: dict[str, SegmentCodes] | None = None  # target -> SNOMED CT, for DICOM SEG; targets left out are "Tissue"
 
@@ -145,9 +144,8 @@ class Case:
     split: str | None = None  # "train", "val", "test" where the dataset prescribes it
     volume_id: str | None = None  # ties slices of one volume
     slice_index: int | None = None  # position inside that volume
-    spacing_mm: tuple[float, ...] | None = (
-        None  # of a picture: rows, columns[, distance of slices]; a volume has its own
-    )
+    # Of a picture: rows, columns[, distance of slices]; a volume has its own.
+    spacing_mm: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
