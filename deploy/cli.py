@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
@@ -17,10 +18,15 @@ import typer
 from deploy import cli_federation, cli_privacy
 from medsegdiff.errors import EXIT_CODE, UserError
 
+if TYPE_CHECKING:
+    from medsegdiff.data.prepare import CaseFault
+
 # Flower reports usage to its vendor and looks for updates unless told otherwise; a hospital's machine must not.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+INTERRUPTED = 130  # exit code: 128 + SIGINT
 
 app = typer.Typer(
     name="medsegfed", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -157,6 +163,13 @@ def train(
     from simulations.simulate import cache_folder
 
     dataset = open_dataset(folder, dataset_config)
+
+    def left_out(faults: Sequence[CaseFault]) -> None:
+        for fault in faults:
+            typer.echo(f"left out: case {fault.case_id}: {fault.reason} ({fault.file})", err=True)
+        if faults:
+            typer.echo(f"{len(faults)} of {len(dataset.cases)} cases are left out; the training goes on.", err=True)
+
     changes: dict[str, Any] = {} if size is None else {"image_size": size}
     channels = {
         "image_channels": len(dataset.config.channels),
@@ -174,7 +187,7 @@ def train(
     except ValueError as error:
         raise UserError(f"{error}.") from error
     with _progress("train"):
-        model = train_alone(dataset, wanted, out, cache_folder(), device, resume, compile_)
+        model = train_alone(dataset, wanted, out, cache_folder(), device, resume, compile_, left_out)
     typer.echo(f"Model: {model}\nNext: medsegfed evaluate {model} {folder} --split test")
 
 
@@ -407,6 +420,8 @@ def main() -> None:
     """Entry point: a fault of the user is one line and exit code 2, never a traceback."""
     try:
         code = app(prog_name="medsegfed", standalone_mode=False)
+        if code == INTERRUPTED:  # what Typer makes of Ctrl-C
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else "medsegfed"
@@ -417,7 +432,7 @@ def main() -> None:
         sys.exit(EXIT_CODE)
     except (KeyboardInterrupt, click.Abort):
         typer.echo("interrupted; nothing half-written is left. A command that has --resume goes on with it.", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _print_json(data: Any) -> None:

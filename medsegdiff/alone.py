@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from medsegdiff.config import DiffusionConfig, ModelConfig, SamplingConfig, TrainingConfig
 from medsegdiff.data.batches import SliceBatches
 from medsegdiff.data.dataset import Dataset
-from medsegdiff.data.prepare import prepare
+from medsegdiff.data.prepare import CaseFault, prepare
 from medsegdiff.data.prepared import PreparedCase
 from medsegdiff.data.splits import SPLIT_SEED, TEST_FRACTION, split_patients
 from medsegdiff.devices import choose_device
@@ -42,9 +43,19 @@ class TrainAlone(Strict):
     threads: int = 2
 
 
-def training_cases(dataset: Dataset, image_size: int, cache: Path) -> tuple[list[PreparedCase], list[PreparedCase]]:
-    """Prepared cases of the training and of the held-out patients. Raises UserError when nobody is left to train on."""
+Faults = Callable[[Sequence[CaseFault]], None]
+
+
+def training_cases(
+    dataset: Dataset, image_size: int, cache: Path, tell: Faults = lambda _: None
+) -> tuple[list[PreparedCase], list[PreparedCase]]:
+    """Prepared cases of the training and of the held-out patients; `tell` hears of those that are left out.
+
+    Raises:
+        UserError: nobody is left to train on.
+    """
     prepared = prepare(dataset, image_size, cache)
+    tell(prepared.faults)
     splits = split_patients([p.case for p in prepared.cases], TEST_FRACTION, 0.0, SPLIT_SEED)
     train = [p for p in prepared.cases if splits[p.case.patient_id] == "train"]
     test = [p for p in prepared.cases if splits[p.case.patient_id] == "test"]
@@ -56,7 +67,14 @@ def training_cases(dataset: Dataset, image_size: int, cache: Path) -> tuple[list
 
 
 def train_alone(
-    dataset: Dataset, wanted: TrainAlone, out: Path, cache: Path, device: str, resume: bool, compile: bool = False
+    dataset: Dataset,
+    wanted: TrainAlone,
+    out: Path,
+    cache: Path,
+    device: str,
+    resume: bool,
+    compile: bool = False,
+    tell: Faults = lambda _: None,
 ) -> Path:
     """Train a model on a dataset's training patients; returns the path of model.safetensors.
 
@@ -65,6 +83,7 @@ def train_alone(
     Args:
         device: as `choose_device` reads it. Like `compile`, it may change when a training goes on; the bits then do.
         compile: have torch compile the training step.
+        tell: hears of the cases that cannot be read, before the training; it goes on without them.
 
     Raises:
         UserError: there is no such device; `out` holds a training already (or none, with resume), or another one.
@@ -72,7 +91,7 @@ def train_alone(
     place = choose_device(device)  # before hours of preparation
     state_path = out / "state.safetensors"
     _check_out(out, state_path, resume)
-    train, _ = training_cases(dataset, wanted.model.image_size, cache)
+    train, _ = training_cases(dataset, wanted.model.image_size, cache, tell)
     write_atomic(out / "train.json", compact_json(wanted).encode())
     card = ModelCard(wanted.model, wanted.diffusion, wanted.sampling, dataset.config)
     torch.set_num_threads(wanted.threads)

@@ -8,6 +8,7 @@ and ends with the same weights:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -86,14 +87,15 @@ def carry_out(
         public: the model that pre-training would give, where that is known.
     """
     _check_folder(folder, recipe, resume)
+    made = not folder.exists()
     console = make_console()
     journal = Journal(folder / "journal.jsonl")
     _start_session(folder, recipe, journal)
     try:
         simulation = prepare_simulation(recipe, data, folder, engine, str(recipe_path), console, public)
     except UserError:
-        if not resume:  # the folder was empty: what lies in it is ours, and the mended command must find it empty again
-            shutil.rmtree(folder, ignore_errors=True)
+        if not resume:  # what lies in it is ours, and the mended command must find it as it was
+            _empty(folder, made)
         raise
     display = _display(simulation, console)
     with display.live():
@@ -107,6 +109,18 @@ def carry_out(
             simulation.sites, simulation.plan.task, weights, folder / "arms" / "scores.json", simulation.plan.run_id
         )
     return write_outcome(folder, recipe, simulation.plan, simulation.sites, scores, federated, seconds)
+
+
+def _empty(folder: Path, remove: bool) -> None:
+    """Take back what a start that failed has written; a folder that was there before stays, empty."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    if remove:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def prepare_simulation(

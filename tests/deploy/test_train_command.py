@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -42,6 +44,32 @@ def test_settings_that_do_not_exist_are_refused_first(
     assert medsegfed("train", tiny_source, "-o", tmp_path / "model", *option) == 2
     assert fact in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
+
+
+def test_cases_that_are_left_out_are_told(
+    tiny_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which, why, and that the training goes on without them."""
+    folder = tmp_path / "source"
+    shutil.copytree(tiny_source, folder)
+    broken = sorted((folder / "images").iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:100])
+    options = ["--size", 16, "--steps", 1, "--batch", 2, "--threads", 1, "--device", "cpu"]
+    assert medsegfed("train", folder, "-o", tmp_path / "model", *options) == 0
+    told = capsys.readouterr().err
+    assert broken.name in told
+    assert re.search(r"1 of \d+ cases are left out; the training goes on", told)
+
+
+def test_ctrl_c_says_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever Typer makes of it."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simulations.simulate.simulate", interrupted)
+    assert medsegfed("simulate", "quickstart") == 130
+    assert "--resume goes on with it" in capsys.readouterr().err
 
 
 def test_options_reach_the_training(tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

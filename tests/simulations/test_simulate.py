@@ -94,6 +94,10 @@ def test_a_fault_before_training_leaves_no_folder_behind(tiny_recipe, tmp_path, 
     with pytest.raises(UserError, match=message):
         run(tiny_recipe(*changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match=message):
+        run(tiny_recipe(*changes), tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_phantoms_take_the_recipes_targets(tiny_recipe, tmp_path) -> None:
