@@ -16,6 +16,7 @@ from deploy.federation import Federation
 from deploy.run_status import printable
 from deploy.runs import next_run, queue_run, stop_run, wanted
 from deploy.status import span
+from deploy.supervisor import read_status
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
 from server.canary import canary_of, canary_report
@@ -61,10 +62,12 @@ def run_canary(
     tell(f"Canary {canary.run_id} of {plan.run_id}: sites {', '.join(plan.roster)}. Folder: {folder}")
     tell(f"Each site approves it as any run, unless its policy asks for no approval: medsegfed approve {canary.run_id}")
     ahead = next_run(federation.runs)
-    if ahead is not None and ahead != folder:
+    if not _server_runs(federation):
+        tell("The server is not running; the canary waits for it. Start it with: medsegfed server start")
+    elif ahead is not None and ahead != folder:
         tell(f"The server works on {ahead.name}, and takes the canary up when that has ended.")
     try:
-        _wait(federation.runs, folder, canary, tell, clock, sleep)
+        _wait(federation, folder, canary, tell, clock, sleep)
     except KeyboardInterrupt:
         if wanted(folder):
             stop_run(folder, by)
@@ -96,8 +99,12 @@ def queue_canary(runs: Path, canary: RunPlan, by: str, initial: Path | None = No
     return queue_run(runs, canary, by, initial)
 
 
+def _server_runs(federation: Federation) -> bool:
+    return read_status(federation.state) is not None
+
+
 def _wait(
-    runs: Path,
+    federation: Federation,
     folder: Path,
     canary: RunPlan,
     tell: Tell,
@@ -110,7 +117,7 @@ def _wait(
         events = read_events(folder / "journal.jsonl")
         if run_state(events) in ENDED and not wanted(folder):
             return
-        if not events and next_run(runs) != folder:
+        if not events and next_run(federation.runs) != folder and _server_runs(federation):
             since = clock()  # another run is under way
         if clock() - since > canary.deadline_seconds + GRACE_SECONDS:
             tell("The canary did not end in time; is the server running (medsegfed status)? What it told until now:")

@@ -312,12 +312,16 @@ def stop(
     """End a run within seconds; committed rounds stay, and `medsegfed run` with the same file goes on from there."""
     from deploy.federation import open_federation
     from deploy.runs import run_of, stop_run
+    from deploy.supervisor import read_status
 
     federation = open_federation(folder)
     place = run_of(federation.runs, name)
     stop_run(place, _me())
     federation.audit().append("run_stopped", run=place.name, by=_me())
-    typer.echo(f"{place.name} ends within seconds; its committed rounds stay. Go on with: medsegfed run RUN.yaml")
+    ends = "ends within seconds"
+    if read_status(federation.state) is None:
+        ends = "is to end: the server is not running, and ends it as soon as it is started"
+    typer.echo(f"{place.name} {ends}; its committed rounds stay. Go on with: medsegfed run RUN.yaml")
 
 
 @app.command()

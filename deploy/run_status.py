@@ -24,6 +24,7 @@ from server.rounds import ENDED, committed_rounds, round_seconds, run_state, sam
 RECENT_ROUNDS = 10  # whose seconds foretell the next ones
 AUDIT_TAIL = 256 * 1024  # bytes: some hundred decisions, more than a round of many sites has
 LONGEST_REASON = 200  # signs; a site's own words are cut here
+LONGEST_END = 1000  # of why a run ended: it closes with what to do
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class ToldRun:
             "seconds_per_round": None if pace is None else round(pace, 1),
             "eta_seconds": self._eta(pace, now) if state == "running" else None,
             "dice": math.fsum(dice) / len(dice) if dice else None,
+            "dice_sites": len(dice),
             "dice_round": max(scores) if scores else None,
             "waits_for": waits_for(pause) if state == "paused" and pause else {},
             "model_hash": finished.get("model_hash") if finished and state == "finished" else None,
@@ -212,7 +214,7 @@ def tell(event: Event) -> str:
         said = _WORDS[str(event["event"])](event)
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError):
         said = str(event.get("event"))
-    return printable(said)
+    return printable(said, LONGEST_END if event.get("event") in ("failed", "interrupted") else LONGEST_REASON)
 
 
 def _tell_round(event: Event) -> str:
@@ -235,7 +237,8 @@ def _tell_scores(event: Event) -> str:
         return f"round {event['round']} scored: no Dice was reported"
     worst = min(dice, key=lambda site: dice[site])
     mean = math.fsum(dice.values()) / len(dice)
-    return f"round {event['round']} scored: mean Dice {mean:.3f}, lowest {dice[worst]:.3f} at {worst}"
+    over = "1 site" if len(dice) == 1 else f"{len(dice)} sites"
+    return f"round {event['round']} scored: mean Dice {mean:.3f} of {over}, lowest {dice[worst]:.3f} at {worst}"
 
 
 def _tell_pause(event: Event) -> str:

@@ -90,8 +90,9 @@ class Standing:
         accepted = told.accepted(federation.audit_file) if told else set()
         names = dict.fromkeys([*members, *(told.roster if told else ())])
         server = read_status(federation.state)
-        if told and told.under_way and server is None:
-            problems.append(f"{told.name} stands still: the server is not running. To go on: medsegfed server start")
+        if told and server is None and (told.under_way or told.state == "queued"):
+            how = "stands still" if told.under_way else "waits"
+            problems.append(f"{told.name} {how}: the server is not running. To go on: medsegfed server start")
         return {
             "federation": federation.name,
             "time": round(now, 3),
@@ -192,6 +193,7 @@ def _site(
     return {
         "site": name,
         "status": member.status if member else None,
+        "takes_part": (member is None or member.active) and (run is None or name in run.roster),
         "online": online,
         "last_seen_seconds": None if away is None else round(away, 1),
         "certificate_days": None if days is None else round(days, 2),

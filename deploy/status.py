@@ -138,8 +138,9 @@ def _watch_lines(look: Look, console: Console, sleep: Sleep) -> dict[str, Any]:
 
 def summary_line(status: dict[str, Any]) -> str:
     """The state in one line."""
-    online = sum(site["online"] for site in status["sites"])
-    return " · ".join([*_run_parts(status), f"{online} of {len(status['sites'])} sites online"])
+    sites = [site for site in status["sites"] if site["takes_part"]]
+    online = sum(site["online"] for site in sites)
+    return " · ".join([*_run_parts(status), f"{online} of {len(sites)} sites online"])
 
 
 def _run_parts(status: dict[str, Any]) -> list[str]:
@@ -154,7 +155,8 @@ def _run_parts(status: dict[str, Any]) -> list[str]:
     if run["sample"] is not None:
         parts.append(f"{run['sample']} of {run['sites']} sites a round")
     if run["dice"] is not None:
-        parts.append(f"mean Dice {run['dice']:.3f}")
+        few = f" of {run['dice_sites']} of {run['sites']} sites" if run["dice_sites"] < run["sites"] else ""
+        parts.append(f"mean Dice {run['dice']:.3f}{few}")
     if run["seconds_per_round"] is not None:
         parts.append(f"{span(run['seconds_per_round'])} a round")
     if run["eta_seconds"] is not None:

@@ -50,10 +50,12 @@ def missing_reasons(
     asked: set[str],
     seconds: float,
     lift: str = "",
+    left: Sequence[str] = (),
 ) -> list[str]:
     """Why sites are missing from a round, a line each.
 
     Args:
+        left: sites that were revoked since the run began.
         lift: the command that lets a suspended site take part again, without its name; empty where there is none.
     """
     reasons = [f"{site} was rejected ({reason})" for site, reason in sorted(rejected.items())]
@@ -63,4 +65,5 @@ def missing_reasons(
         else f"{site} did not introduce itself, its own log says why"
         for site in absent
     ]
+    reasons += [f"{site} is no member any more (revoked)" for site in left]
     return reasons + [f"{site} is suspended{f' ({lift} {site})' if lift else ''}" for site in suspended]

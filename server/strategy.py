@@ -244,6 +244,10 @@ class FederatedAveraging(Strategy):
         """Sites whose updates were too large, where that is so of most that came: the limit is in doubt, not they."""
         return self._too_large if 2 * len(self._too_large) > self._usable + len(self._rejected) else set()
 
+    def _has_left(self, site: str) -> bool:
+        """Whether a site of the roster was revoked since the run began."""
+        return self.membership is not None and self.exchange is not None and not self.exchange.is_member(site)
+
     def _still_out(self) -> set[str]:
         """Whom this run has suspended; in a federation, of them who has not been lifted since."""
         known = set(suspended_in(self.committed.record))
@@ -572,14 +576,16 @@ class FederatedAveraging(Strategy):
         lift = "" if self.membership is None else "medsegfed lift"
         out = self._still_out() | (self.membership.suspended() if self.membership is not None else set())
         suspended = [site for site in self.plan.roster if site in out and site not in rejected]
-        away = [site for site in absent if site not in out]
-        reasons = missing_reasons(rejected, away, suspended, asked, self.plan.deadline_seconds, lift)
+        left = [site for site in absent if site not in out and self._has_left(site)]
+        away = [site for site in absent if site not in out and site not in left]
+        reasons = missing_reasons(rejected, away, suspended, asked, self.plan.deadline_seconds, lift, left)
         self.journal.append("below_quorum", round=round_, accepted=sorted(accepted), rejected=rejected, absent=absent)
         need, least = self._required(round_), self.plan.strategy.least_updates(self._found_out(round_))
         by_rule = need == least and least > (self.plan.quorum or 1)
         what = f"the rule {self.plan.strategy.rule} needs" if by_rule else "the quorum is"
+        mend = f"Admit {', '.join(left)} with new keys" if left else "Mend the sites"
         return UserError(
             f"round {round_}: {len(accepted)} of {len(self._chosen or self.plan.roster)} sites gave a usable update, "
             f"{what} {need}: {'; '.join(reasons)}. Rounds up to {round_ - 1} are kept. "
-            f"Mend the sites and go on with {self._again}{'' if by_rule else ', or lower run.quorum'}."
+            f"{mend} and go on with {self._again}{'' if by_rule else ', or lower run.quorum'}."
         )

@@ -104,6 +104,21 @@ def test_a_server_that_does_not_take_it_up_is_not_waited_for_for_ever(scene) -> 
     assert {row["problem"] for row in report["sites"].values()} == {"absent: it did not introduce itself within 60 s"}
 
 
+def test_without_a_server_it_says_so_and_waits_no_longer_for_another_run(scene) -> None:
+    """A run is ahead of it, and nobody works on that one."""
+    federation, _, plan = scene
+    queue_run(federation.runs, plan, "day")
+    now, told = [0.0], []
+
+    def sleep(_: float) -> None:
+        now[0] += 10
+
+    run_canary(federation, plan, "day", 60.0, told.append, clock=lambda: now[0], sleep=sleep)
+    assert any("The server is not running" in line for line in told)
+    assert not any("works on" in line for line in told)
+    assert now[0] < 200
+
+
 def test_ctrl_c_ends_the_canary_and_tells_what_stands(scene) -> None:
     """The server is asked to stop it; nobody has to wait for an hour."""
     federation, _, plan = scene

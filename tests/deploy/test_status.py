@@ -6,6 +6,7 @@ import io
 import json
 import re
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -69,8 +70,8 @@ def test_a_run_under_way(federation) -> None:
     assert run == {
         "name": "glioma-1", "state": "running", "phase": "training", "round": 2, "rounds": 10, "round_at_hand": 3,
         "sites": 3, "quorum": 2, "sample": None, "seconds_per_round": 60.0, "eta_seconds": 455.0,
-        "dice": pytest.approx((0.71 + 0.67 + 0.59) / 3), "dice_round": 2, "waits_for": {}, "model_hash": None,
-        "started": BEGIN, "last_event": BEGIN + 140,
+        "dice": pytest.approx((0.71 + 0.67 + 0.59) / 3), "dice_sites": 3, "dice_round": 2,
+        "waits_for": {}, "model_hash": None, "started": BEGIN, "last_event": BEGIN + 140,
     }  # fmt: skip
 
 
@@ -476,7 +477,7 @@ def test_watching_as_json_is_an_object_a_line(federation) -> None:
     [
         (told("round", 0, round=0), "the first model stands"),
         (one_round(2, 0, absent=["elm"], rejected={"birch": "x"})[0], "loss 0.450; rejected birch; absent elm"),
-        (one_round(3, 0)[1], "round 3 scored: mean Dice 0.757, lowest 0.690 at elm"),
+        (one_round(3, 0)[1], "round 3 scored: mean Dice 0.757 of 3 sites, lowest 0.690 at elm"),
         (
             told("paused", 0, round=4, need=2, absent={"elm": "not-approved"}),
             "2 updates are needed: elm (not-approved)",
@@ -504,6 +505,34 @@ def test_the_summary_is_one_line(federation) -> None:
         "run glioma-1 · training · 2 of 10 rounds · quorum 2 of 3 · mean Dice 0.657 · 1 min a round · 8 min to go"
         " · 1 of 3 sites online"
     )
+
+
+def test_a_mean_of_few_sites_says_so_and_those_who_left_are_not_waited_for(federation) -> None:
+    """One of three was scored; elm was revoked, and its requests do not make it a site of the run."""
+    events = two_of_ten()
+    for site in ("birch", "elm"):
+        events[-1]["sites"].pop(site, None)
+    tell_run(federation, events, rounds=10)
+    with edit_members(federation.members_file) as members:
+        members["elm"] = replace(members["elm"], status="revoked")
+    requests(federation, (NOW - 3, "alder", 200), (NOW - 3, "elm", 200))
+    line = summary_line(status_of(federation.folder, NOW))
+    assert "of 1 of 3 sites · " in line
+    assert line.endswith(" · 1 of 2 sites online")
+
+
+def test_a_queued_run_without_a_server_says_what_is_missing(federation) -> None:
+    """It waits for nobody else; with a server there is nothing to say."""
+    tell_run(federation, [], rounds=10)
+    (problem,) = status_of(federation.folder, NOW)["problems"]
+    assert problem == "glioma-1 waits: the server is not running. To go on: medsegfed server start"
+
+
+def test_the_end_of_a_run_is_told_whole() -> None:
+    """Its last words are what to do."""
+    reason = "x " * 200 + "go on with medsegfed run RUN.yaml, or lower run.quorum."
+    assert tell(told("failed", 0, reason=reason)).endswith("or lower run.quorum.")
+    assert len(tell(told("refused", 0, site="elm", code="y" * 900))) <= 200
 
 
 def test_a_year_of_decisions_costs_no_more(federation) -> None:

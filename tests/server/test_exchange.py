@@ -489,6 +489,23 @@ def test_a_rejected_answer_ends_no_run_that_can_go_on(scene, quorum, ends) -> No
     assert [words.split(":")[0] for words in said] == ["rejected"] * 2
 
 
+def test_a_run_that_ends_for_want_of_a_revoked_site_says_so(scene) -> None:
+    """With all three asked for, elm leaves in round 1: no word of its log, nor of mending it."""
+    s = scene(quorum=3)
+    sites, plan = FakeSites(s.talk.plan), s.talk.plan
+    for site in NODES.values():
+        s.network[site].answer = lambda m, site=site: sites.content(site, m.metadata.message_type, m)
+    good = s.network["elm"].answer
+    s.network["elm"].answer = lambda m: None if m.metadata.message_type == MessageType.TRAIN else good(m)
+    s.clock.after(10, lambda: s.members.sites.pop("elm"))
+    store = CheckpointStore(s.journal.path.parent / "checkpoints")
+    strategy = FederatedAveraging(plan, store, s.journal, s.members)  # type: ignore[arg-type]
+    with pytest.raises(UserError) as caught:
+        strategy.start(s.network, arrays_to_wire(initial_weights(plan.task.model, 0)), 2)  # type: ignore[arg-type]
+    assert "the quorum is 3: elm is no member any more (revoked)." in str(caught.value)
+    assert "Admit elm with new keys and go on with medsegfed run RUN.yaml, or lower run.quorum." in str(caught.value)
+
+
 def test_a_node_under_another_name_is_left_out(scene) -> None:
     """Elm's node says it is birch: named in the journal, never asked to train."""
     s = scene(quorum=2)
