@@ -84,13 +84,15 @@ policy:
   approval_required: true  # each run waits until medsegfed approve RUN; keep this unless you trust every run
 
 # Patient-level differential privacy (docs/privacy.md). null: none. With a section, nothing is trained here without it,
-# and no run may loosen it. medsegfed privacy plan works out sigma, q and steps; its numbers are public.
+# and no run may loosen it. medsegfed privacy plan works out sigma, q and steps for your number of patients; here: 200
+# to train on, and a run that begins with a model of public patients. These numbers are public.
 #
 # privacy:
 #   weight: 200              # what the site counts for: planned, not the number of patients
 #   held_out: withheld       # withheld: no score leaves; public: the held-out patients are declared public
 #   answer_every: 60.0       # seconds: an answer leaves at a multiple, for its time tells how many patients were drawn
 #   mechanism:
-#     {{epsilon: 3.0, delta: 1.0e-5, sigma: 2.41, q: 0.1, clip: 1.0, batch: 20, steps: 5, rounds: 50}}
+#     {{epsilon: 8.0, delta: 1.0e-5, sigma: 2.5, q: 0.1, clip: 0.02, batch: 20, steps: 10, rounds: 20, slices: 4,
+#      draws: 4}}
 privacy: null
 """

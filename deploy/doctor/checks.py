@@ -137,7 +137,9 @@ def without_names(text: str, hidden: Sequence[str] = ()) -> str:
     if found := re.search(r"(.*is not valid YAML): .*?(line \d+)", text):  # the parser quotes the line
         text = f"{found[1]} near {found[2]}."
     text = re.sub(r"\S*/\S*", "...", text)
-    text = re.sub(r"(?<!did you mean )'[^']*'|\"[^\"]*\"", "'...'", text)
+    # What the program itself suggests stays: a known key, an example of a form.
+    quoted = r"(did you mean |of the form )?('[^']*'|\"[^\"]*\")"
+    text = re.sub(quoted, lambda found: found[0] if found[1] else "'...'", text)
     text = re.sub(r"([;,] found) .*?(?=$|; |\. )", r"\1 ...", text)
     return plain_text(text).removeprefix("... ")
 

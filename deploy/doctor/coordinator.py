@@ -75,7 +75,7 @@ def _probes(own: Examined) -> list[Probe]:
         Probe("versions", lambda: [check_versions()]),
         Probe("ports", lambda: [_ports_check(federation)]),
         Probe("processes", lambda: [processes_check(federation.state, "medsegfed server start")]),
-        Probe("audit log", lambda: [audit_check(federation.audit_file)], HEAVY_SECONDS),
+        Probe("audit log", lambda: [audit_check(federation.audit_file, "federation_created")], HEAVY_SECONDS),
         Probe("clock", lambda: [clock_kept()], 3 * PROGRAM_SECONDS),
         Probe("environment", lambda: [check_environment()]),
         Probe("folders", lambda: [check_writable(_folders(federation))]),

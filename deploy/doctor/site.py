@@ -29,7 +29,7 @@ from deploy.doctor.machine import (
 )
 from deploy.doctor.network import NAMES, check_server
 from deploy.supervisor import read_status
-from medsegdiff.chained_log import AUDIT_LOG, verify_log
+from medsegdiff.chained_log import AUDIT_LOG, audit_lines, verify_log
 from medsegdiff.errors import UserError
 from medsegdiff.strict import read_config
 
@@ -37,6 +37,9 @@ if TYPE_CHECKING:  # both bring torch and Flower, which take seconds
     from client.contract import TrainTask
     from client.site import SiteConfig
 
+REMOVED = (
+    "Restore the newest copy of the log and of its head file; without one, tell the coordinator and keep what is left."
+)
 HEAVY_SECONDS = 180.0  # for a check that imports torch, on a slow disk the first time
 
 
@@ -127,7 +130,7 @@ def _probes(site: Examined) -> list[Probe]:
         Probe("application", lambda: [_application_check(site)], HEAVY_SECONDS),
         Probe("policy", lambda: [_policy_check(site)], HEAVY_SECONDS),
         Probe("approvals", lambda: [_approvals_check(site)], HEAVY_SECONDS),
-        Probe("audit log", lambda: [audit_check(site.folder / AUDIT_LOG)], HEAVY_SECONDS),
+        Probe("audit log", lambda: [audit_check(site.folder / AUDIT_LOG, _first_event(site))], HEAVY_SECONDS),
         Probe("ledger", lambda: [_ledger_check(site.folder)], HEAVY_SECONDS),
         Probe("privacy", lambda: [_privacy_check(site)], HEAVY_SECONDS),
         Probe("processes", lambda: [processes_check(site.folder / "state", "medsegfed site start")]),
@@ -250,19 +253,41 @@ def _approvals_check(site: Examined) -> Check:
     return Check("approvals", "ok", fact, figures=figures)
 
 
-def audit_check(path: Path) -> Check:
-    """Every line of the audit log against the chain and the head file."""
+def _first_event(site: Examined) -> str | None:
+    """What the audit log begins with; None where there need not be one."""
+    installed = site.key_folder is not None and (site.key_folder / "federation.json").exists()
+    return "kit_installed" if installed else None
+
+
+def audit_check(path: Path, first: str | None) -> Check:
+    """Every line of the audit log against the chain and the head file.
+
+    Args:
+        first: the event that it begins with, where it has been begun.
+    """
     if not path.exists() and not path.with_name(f"{path.name}.head").exists():
-        return Check("audit log", "ok", "nothing is logged yet", figures={"lines": 0})
+        if first is None:
+            return Check("audit log", "ok", "nothing is logged yet", figures={"lines": 0})
+        return Check("audit log", "fail", "there is none, and there has been one: it was removed", REMOVED)
     try:
         found = verify_log(path)
+        begins = next(audit_lines(path), {}).get("event")
     except UserError as error:
         reason = without_names(str(error), [str(path), str(path.parent.resolve())])
         return Check("audit log", "fail", reason, "See medsegfed audit verify; keep both files as evidence.")
     fact = (
         f"whole: {counted(found.lines, 'line')}, the last of {(found.last or 'no time')[:19]}, head {found.head[:12]}"
     )
-    return Check("audit log", "ok", fact, figures={"lines": found.lines, "head": found.head})
+    figures = {"lines": found.lines, "head": found.head}
+    if first is not None and begins != first:
+        return Check(
+            "audit log",
+            "warn",
+            f"{fact}; but it does not begin with '{first}': it is not the first one",
+            REMOVED,
+            figures,
+        )
+    return Check("audit log", "ok", fact, figures=figures)
 
 
 def _ledger_check(folder: Path) -> Check:
@@ -305,7 +330,29 @@ def _privacy_check(site: Examined) -> Check:
             "See medsegfed ledger show; take part in shorter runs, or decide on a higher limit in site.yaml.",
             figures,
         )
-    return Check("privacy", "ok", f"{fact}; a run as planned would take it to {after:.2f}", figures=figures)
+    fact = f"{fact}; a run as planned would take it to {after:.2f}"
+    drawn = policy.q * _training_patients(site)
+    if drawn and not 0.5 <= policy.batch / drawn <= 2:
+        return Check(
+            "privacy",
+            "warn",
+            f"{fact}; a step draws {drawn:.3g} patients on average, and batch is {policy.batch:,}",
+            "The promise holds, and little is learnt: work out q and batch with medsegfed privacy plan.",
+            figures,
+        )
+    return Check("privacy", "ok", fact, figures=figures)
+
+
+def _training_patients(site: Examined) -> int:
+    """How many patients the dataset's table gives to training; 0 where it cannot be read, which another check tells."""
+    from medsegdiff.data.dataset import open_dataset
+    from medsegdiff.data.splits import SPLIT_SEED, TEST_FRACTION, split_patients
+
+    try:
+        cases = open_dataset(site.data).cases
+        return list(split_patients(cases, TEST_FRACTION, 0.0, SPLIT_SEED).values()).count("train")
+    except UserError:
+        return 0
 
 
 def processes_check(state: Path, command: str) -> Check:

@@ -104,6 +104,8 @@ def test_what_is_of_use_survives_the_scrubbing() -> None:
     """File and key, the nearest known key, and the operating system's words."""
     text = without_names("site.yaml: polcy: unknown key; did you mean 'policy'?")
     assert text == "site.yaml: polcy: unknown key; did you mean 'policy'?"
+    form = 'site.yaml: policy: allowed_hours must be of the form "18:00-07:00", or null for any time, found "Dr Day"'
+    assert without_names(form).endswith('of the form "18:00-07:00", or null for any time, found ...')
     assert reason_of(PermissionError(13, "Permission denied", "/x"), Names()) == "PermissionError (Permission denied)"
 
 

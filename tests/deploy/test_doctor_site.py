@@ -307,6 +307,7 @@ def test_a_program_that_the_policy_does_not_allow_fails(hospital: Hospital) -> N
 def test_an_edited_audit_log_fails(hospital: Hospital) -> None:
     """One letter in one line."""
     log = ChainedLog(hospital.folder / "audit.jsonl")
+    log.append("kit_installed")
     for number in range(3):
         log.append("update", round=number)
     assert hospital.examine()["audit log"].status == "ok"
@@ -315,6 +316,23 @@ def test_an_edited_audit_log_fails(hospital: Hospital) -> None:
     assert check.status == "fail"
     assert "line" in check.detail
     assert str(hospital.folder) not in check.detail
+
+
+def test_an_audit_log_that_was_removed_fails(hospital: Hospital) -> None:
+    """With its head file: a site that has a kit has had a log since. One begun anew in its place does not hide it."""
+    log = ChainedLog(hospital.folder / "audit.jsonl")
+    log.append("kit_installed")
+    for path in (log.path, log.path.with_name("audit.jsonl.head")):
+        path.unlink()
+    check = hospital.examine()["audit log"]
+    assert (check.status, "it was removed" in check.detail) == ("fail", True)
+    ChainedLog(log.path).append("approved", run="run-1")
+    check = hospital.examine()["audit log"]
+    assert (check.status, "is not the first one" in check.detail) == ("warn", True)
+    (hospital.folder / "keys" / "federation.json").unlink()
+    for path in (log.path, log.path.with_name("audit.jsonl.head")):
+        path.unlink()
+    assert hospital.examine()["audit log"].detail == "nothing is logged yet"
 
 
 @pytest.mark.slow
@@ -455,7 +473,7 @@ def test_the_privacy_budget_is_told_and_warned_of(hospital: Hospital) -> None:
     """Without a section that is said; with room for a run as planned ok; once that no longer fits, a warning."""
     assert "no privacy section" in hospital.examine()["privacy"].detail
     mechanism = (
-        "{epsilon: 3.0, delta: 1.0e-5, sigma: 8.0, q: 0.1, clip: 1.0, batch: 20, steps: 5, rounds: 50, slices: 4, "
+        "{epsilon: 3.0, delta: 1.0e-5, sigma: 8.0, q: 0.1, clip: 1.0, batch: 1, steps: 5, rounds: 50, slices: 4, "
         "draws: 4}"
     )
     hospital.edit("{name:", f"{{privacy: {{weight: 200, mechanism: {mechanism}}}, name:")
@@ -467,3 +485,13 @@ def test_the_privacy_budget_is_told_and_warned_of(hospital: Hospital) -> None:
     check = hospital.examine()["privacy"]
     assert check.status == "warn"
     assert "a run of the planned 50 rounds x 5 steps no longer fits" in check.detail
+
+
+@pytest.mark.slow
+def test_a_batch_that_no_step_can_draw_is_warned_of(hospital: Hospital) -> None:
+    """Twenty, where a tenth of a handful is drawn: it protects, and learns nothing."""
+    mechanism = "{epsilon: 8.0, delta: 1.0e-5, sigma: 2.5, q: 0.1, clip: 0.02, batch: 20, steps: 10, rounds: 20}"
+    hospital.edit("{name:", f"{{privacy: {{weight: 200, mechanism: {mechanism}}}, name:")
+    check = hospital.examine()["privacy"]
+    assert check.status == "warn"
+    assert "patients on average, and batch is 20" in check.detail

@@ -12,10 +12,13 @@ import pytest
 import typer
 
 from client.contract import REFUSALS
+from client.privacy.accounting import Mechanism, epsilon
+from client.site import SiteConfig
 from deploy import cli
 from deploy.federation import FederationConfig, _config_text, init_federation
 from deploy.metrics import FederationCollector
 from deploy.site_guide import new_site_yaml, site_guide
+from medsegdiff.strict import read_config
 
 ROOT = Path(__file__).parents[2]
 PROGRAM: click.Command = typer.main.get_command(cli.app)
@@ -53,6 +56,22 @@ def check(words: list[str]) -> None:
     for word in words:
         if word.startswith("-"):
             assert word.split("=")[0] in known, f"{command.name} has no option {word}"
+
+
+def test_the_example_of_a_privacy_section_is_one_that_learns(tmp_path: Path) -> None:
+    """Without its comment signs it is taken, and its run keeps to the limit; the numbers are those of docs/privacy.md."""
+    head, _, example = new_site_yaml("st-mary").partition("# privacy:\n")
+    section = "privacy:\n" + "".join(line[1:] + "\n" for line in example.splitlines() if line.startswith("#"))
+    path = tmp_path / "site.yaml"
+    path.write_text(head + section)
+    privacy = read_config(path, SiteConfig).privacy
+    assert privacy is not None
+    policy = privacy.mechanism
+    spent = epsilon([Mechanism(policy.sigma, policy.q, policy.steps * policy.rounds)], policy.delta).value
+    assert policy.epsilon / 4 < spent < policy.epsilon
+    shown = (ROOT / "docs" / "privacy.md").read_text()
+    for name in ("epsilon", "sigma", "q", "clip", "batch", "steps", "rounds", "slices", "draws"):
+        assert re.search(rf"^    {name}: {getattr(policy, name):g} ", shown, re.MULTILINE), name
 
 
 @pytest.mark.parametrize("name", TEXTS)
