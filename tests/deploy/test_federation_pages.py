@@ -59,7 +59,7 @@ def check(words: list[str]) -> None:
 
 
 def test_the_example_of_a_privacy_section_is_one_that_learns(tmp_path: Path) -> None:
-    """Without its comment signs it is taken, and its run keeps to the limit; the numbers are those of docs/privacy.md."""
+    """Without its comment signs it is taken, and its run keeps to the limit; numbers as in docs/privacy.md."""
     head, _, example = new_site_yaml("st-mary").partition("# privacy:\n")
     section = "privacy:\n" + "".join(line[1:] + "\n" for line in example.splitlines() if line.startswith("#"))
     path = tmp_path / "site.yaml"
