@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any
 
 from server.journal import Event
@@ -16,6 +17,7 @@ class _Story:
         self._open: dict[str, dict[str, Any]] = {}  # by what mends it
         self._stopping: set[str] = set()
         self._alive: set[str] = set()
+        self._last_seen: float | None = None  # of a supervisor that was killed
 
     def hear(self, event: Event) -> None:
         """One event of the journal, in order."""
@@ -27,6 +29,8 @@ class _Story:
         elif kind == "ending" or (kind == "exited" and child not in self._stopping):
             why = event.get("reason") or event.get("how")
             self._begin(f"ready {child}", time, f"{child}: {why}", "started again")
+        elif kind == "predecessor_killed":
+            self._last_seen = _seconds(event.get("last_seen"))
         elif kind == "run_lost":
             what = f"run {event.get('run')}: {event.get('reason')}"
             self._begin("run_started", time, what, "taken up again", run=str(event.get("run")))
@@ -36,7 +40,8 @@ class _Story:
             kind = "renewed"
         elif kind == "started" and event.get("restarts") == 0 and child in self._alive:
             self._alive.clear()  # of an earlier supervisor, which did not live to end them
-            self._begin(f"ready {child}", time, "the supervisor was killed, or the machine went down", "started again")
+            since = time if self._last_seen is None else min(time, self._last_seen)
+            self._begin(f"ready {child}", since, "the supervisor was killed, or the machine went down", "started again")
         if kind in ("exited", "stopped"):
             self._alive.discard(child)
         if kind == "started":
@@ -53,6 +58,14 @@ class _Story:
         found = self._open.pop(mended_by, None)
         if found is not None:
             found["seconds"] = round(max(0.0, time - found["time"]), 1)
+
+
+def _seconds(text: object) -> float | None:
+    """Epoch seconds of an ISO 8601 time with its offset."""
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except ValueError:
+        return None
 
 
 def incidents(events: Iterable[Event], runs: Mapping[str, Iterable[Event]] | None = None) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class Supervisor:
     Args:
         state: folder of lock and state file; made if missing.
         events: told what happens, as (event, facts): started, ready, exited, unhealthy, ending, restarting, stopped,
-            stale_ended, trouble. Each but `trouble` carries "child". Called from the supervising thread.
+            predecessor_killed, stale_ended, trouble. Each but `trouble` carries "child". Called from the
+            supervising thread.
 
     Raises:
         UserError: not on Linux.
@@ -145,7 +147,12 @@ class Supervisor:
         """The folder's lock; children left by a supervisor that is gone are ended first."""
         with hold(self.state / "lock"):
             path = self.state / "supervisor.json"
-            for process in guard.end(_read_record(path)):
+            record = _read_record(path)
+            if any(child.get("phase") != "stopped" for child in record.get("children", {}).values()):
+                with contextlib.suppress(OSError):
+                    last = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+                    self._emit("predecessor_killed", child=None, last_seen=last)
+            for process in guard.end(record):
                 self._emit("stale_ended", child=None, pid=process.pid)
             self._write_state()
             yield
@@ -228,6 +235,8 @@ class Supervisor:
         """What need not be seen ten times a second."""
         if now >= self._next_scan:
             self._next_scan = now + SCAN_SECONDS
+            with contextlib.suppress(OSError):  # for the next start, should this one be killed: until when it lived
+                os.utime(self.state / "supervisor.json")
             if self._watch is None or self._watch.poll() is not None:
                 self._start_watch()
             found = guard.processes()

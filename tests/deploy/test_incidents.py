@@ -86,6 +86,15 @@ def test_a_supervisor_that_was_killed_shows_at_the_next_start() -> None:
     assert story(*UP, *again) == [(200, "the supervisor was killed, or the machine went down", 7.0)]
 
 
+def test_a_killed_supervisor_costs_the_time_since_it_was_last_seen() -> None:
+    """Not since the next one began; one that never told, or a clock that was put back, hides nothing."""
+    again = at(200, "started", "superlink", restarts=0), at(207, "ready", "superlink")
+    what = "the supervisor was killed, or the machine went down"
+    for last, told in (("00:03:00", (180, what, 27.0)), ("00:15:00", (200, what, 7.0)), ("x", (200, what, 7.0))):
+        seen = at(199, "predecessor_killed", last_seen=f"1970-01-01T{last}+00:00")
+        assert story(*UP, seen, *again) == [told]
+
+
 def test_the_servers_own_certificate_is_mended_by_its_renewal() -> None:
     """Told by another event than a site's."""
     told = story(at(20, "not_renewed", reason="ca.key: cannot be read"), at(45, "server_renewed"))

@@ -291,6 +291,16 @@ def test_listeners_that_fail_and_a_full_disk_do_not_end_the_supervision(
     until(lambda: (read_status(team.state) or {})["children"]["one"]["restarts"] >= 4)
 
 
+def test_until_when_a_supervisor_lived_can_be_seen(team: Team, tmp_path: Path) -> None:
+    """Its file is touched while it lives, though nothing in it changes."""
+    team.start(Child(name="one", command=python(SLEEP), log=tmp_path / "one.log"))
+    until(lambda: team.told("ready", "one"))
+    path = team.state / "supervisor.json"
+    time.sleep(0.3)
+    os.utime(path, (1, 1))
+    until(lambda: path.stat().st_mtime > 1)
+
+
 def test_other_processes_see_what_runs(team: Team, tmp_path: Path) -> None:
     """The state file names each child, is private, and counts as nothing once its writer is gone."""
     team.start(Child(name="one", command=python(SLEEP), log=tmp_path / "o"))
@@ -427,7 +437,9 @@ def test_killed_supervisor(tmp_path: Path, start_server: Start, blow: str) -> No
         again = start_server(("a", python(SLEEP)))
         family(tmp_path, 1)
         again.terminate()
-        assert f"stale_ended {{'child': None, 'pid': {grandchild}}}" in again.communicate(timeout=10)[0]
+        told = again.communicate(timeout=10)[0]
+        assert f"stale_ended {{'child': None, 'pid': {grandchild}}}" in told
+        assert "predecessor_killed {'child': None, 'last_seen': '20" in told
     until(lambda: not alive(grandchild), 6)
     until(lambda: not alive(watches[0]), 6)
 
