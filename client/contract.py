@@ -45,7 +45,7 @@ REFUSED = 100
 # All that a refusal may say. The details, and any name of a file or a patient, stay in the site's own log.
 REFUSALS = {
     "fault": "the site could not answer; its own log says why",
-    "not-approved": "the run is not approved at the site yet",
+    "not-approved": "the run is not approved at the site",
     "application-changed": "the program installed at the site is not the approved one",
     "too-many-rounds": "the run has more rounds than the site allows",
     "too-often": "the site has answered the same too often within an hour",

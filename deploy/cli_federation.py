@@ -270,6 +270,11 @@ def run_(
     from deploy.runs import initial_file, queue_run, resolve_run, warning_of
     from deploy.status import watch
 
+    if not run_file.exists():
+        raise UserError(
+            f"{run_file}: there is no such file. A run is a file of its own, RUN.yaml (docs/configuration.md); the "
+            "names of shipped recipes belong to medsegfed simulate."
+        )
     federation = open_federation(folder)
     members = {site: m.patients for site, m in federation.members().items() if m.active}
     plan, initial = resolve_run(run_file, members), initial_file(run_file)
