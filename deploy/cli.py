@@ -274,6 +274,8 @@ def segment(
     else:
         for line in job.lines():
             typer.echo(line)
+        if job.skipped:
+            typer.echo(f"{len(job.skipped)} of {job.scans} were done before.")
         for fault in job.failed:
             typer.echo(f"not segmented: {fault['reason']}", err=True)
         if job.scans > 1:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from medsegdiff.data.folder import SEPARATOR
 from medsegdiff.data.guard import ENDINGS, DataFileError, check_image_file
 from medsegdiff.errors import UserError
-from medsegdiff.files import write_atomic
+from medsegdiff.files import no_model, write_atomic
 from medsegdiff.progress import Progress, report
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def segment_scans(
             `resume`) or belongs to another scan or other settings (with it). Nothing has been written then.
     """
     if not model.is_file():
-        raise UserError(f"{model}: there is no such file. Give the path of a model.safetensors.")
+        raise UserError(no_model(model))
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; nothing was segmented. Name a folder for the results with -o.")
     scans, passed_over = find_scans(given, out)

@@ -91,3 +91,11 @@ def sha256_of_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in blocks so that memory does not grow with the file."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def no_model(path: Path) -> str:
+    """What to say where a model was asked for and there is no file."""
+    if path.is_dir():
+        beside = path / "model.safetensors"
+        return f"{path}: is a folder. Give the path of a model: {beside if beside.is_file() else 'model.safetensors'}"
+    return f"{path}: there is no such file. Give the path of a model.safetensors."

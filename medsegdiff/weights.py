@@ -24,7 +24,7 @@ from medsegdiff.config import DiffusionConfig, ModelConfig, SamplingConfig
 from medsegdiff.data.dataset import DatasetConfig
 from medsegdiff.diffusion import Diffusion
 from medsegdiff.errors import UserError
-from medsegdiff.files import write_atomic
+from medsegdiff.files import no_model, write_atomic
 from medsegdiff.labels import LabelScheme
 from medsegdiff.network import MedSegDiff
 from medsegdiff.strict import Strict, compact_json, parse_config
@@ -151,7 +151,7 @@ def _check_fit(path: Path, card: ModelCard) -> None:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file. Raises UserError when it is none."""
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file. Give the path of a model.safetensors.")
+        raise UserError(no_model(path))
     try:
         with safe_open(str(path), framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118

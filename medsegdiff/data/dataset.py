@@ -32,6 +32,8 @@ def open_dataset(folder: Path, config: Path | DatasetConfig | None = None) -> Da
         UserError: no such folder, none of the three forms, no configuration, or cases that contradict one another.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; a dataset is a folder. Give the folder that it lies in.")
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder, so no dataset could be read. Check the path.")
     own = folder / "dataset.yaml"

@@ -390,6 +390,18 @@ def test_no_seed_makes_evaluate_score_patients_that_train_learnt_from(source, tm
     assert not {case.case.patient_id for case in train} & {case.case.patient_id for case in test}
 
 
+def test_a_folder_for_a_model_and_a_file_for_a_dataset_are_named_as_such(medsegfed, source, tmp_path) -> None:
+    """With the file that may have been meant."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").touch()
+    scan = tmp_path / "scan.nii.gz"
+    scan.touch()
+    _, _, told = medsegfed("segment", tmp_path / "run", scan, "-o", tmp_path / "masks")
+    assert f"is a folder. Give the path of a model: {tmp_path / 'run' / 'model.safetensors'}" in told
+    _, _, told = medsegfed("data", "check", scan)
+    assert "is a file; a dataset is a folder" in told
+
+
 @pytest.mark.parametrize("verb", [["simulate"], ["train"], ["evaluate"], ["segment"], ["model", "show"]])
 def test_help_explains_every_argument(medsegfed, verb) -> None:
     """A newcomer learns from --help what the arguments are (some click versions lose these texts)."""
