@@ -23,6 +23,7 @@ tests try each of these on the assembled server.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -36,6 +37,8 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_children_ids_from_object_content,
     iterate_object_tree,
 )
+
+log = logging.getLogger("medsegfed.server")
 
 KEPT = 64  # messages and uploads of a node that are remembered; it has one of each at a time
 MOST_FAILED = 8  # times that a node began to fetch a message and did not confirm it: it may be one that it cannot take
@@ -90,8 +93,18 @@ class ObjectGuard:
         def pull_messages(request: Any, state: Any, store: Any) -> Any:
             node = request.node.node_id
             with self._lock:
-                before = {name: given.failed + given.heard for name, given in self._given[node].items()}
-            if again := [name for name, failed in before.items() if failed < MOST_FAILED]:
+                before = {name: given.failed + int(given.heard) for name, given in self._given[node].items()}
+                dropped = [name for name, failed in before.items() if failed >= MOST_FAILED]
+                for name in dropped:
+                    del self._given[node][name]
+            for name in dropped:
+                log.warning(
+                    "node %d began to fetch message %s %d times and has not confirmed it: it is not given again",
+                    node,
+                    name[:12],
+                    MOST_FAILED,
+                )
+            if again := [name for name in before if name not in dropped]:
                 _take_back(state, again)
             response = pull(request=request, state=state, store=store)
             for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):

@@ -248,7 +248,7 @@ def test_flower_alone_drops_a_question_whose_way_broke() -> None:
         converse(SuperLink(guarded=False), ["answer"])
 
 
-def test_a_message_that_is_never_confirmed_is_not_given_for_ever() -> None:
+def test_a_message_that_is_never_confirmed_is_not_given_for_ever(caplog: pytest.LogCaptureFixture) -> None:
     """Nor where it is heard of each time: others have their turn. Unheard of, without end; but not after the run's."""
     link = SuperLink()
     link.state.activate_node(link.node, 30.0)
@@ -270,6 +270,10 @@ def test_a_message_that_is_never_confirmed_is_not_given_for_ever() -> None:
         request=PullObjectRequest(node=node, run_id=link.run, object_id=first), state=link.state
     )
     assert [given_now() for _ in range(3)] == [[second]] * 3
+    assert [record.getMessage() for record in caplog.records if record.name == "medsegfed.server"] == [
+        f"node {link.node} began to fetch message {first[:12]} {MOST_FAILED} times and has not confirmed it: it is not "
+        "given again"
+    ]
     link.state.stop_run(link.run)
     assert link.state.get_run_status({link.run})[link.run].status == Status.FINISHED
     assert given_now() == []
