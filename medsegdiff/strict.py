@@ -109,7 +109,7 @@ def parse_config(data: Any, kind: type[T], source: str) -> T:
 def _explain(fault: dict[str, Any], kind: type) -> str:
     """Turn one pydantic fault into a line for a person."""
     location = [part for part in fault["loc"] if not (isinstance(part, str) and part in _TAGS)]
-    key = ".".join(str(part) for part in location) or "the whole file"
+    key = ".".join(str(part) for part in location)
     value = fault.get("input")
     if fault["type"] in _UNKNOWN_KEY:
         known = _fields_at(kind, location[:-1])
@@ -120,8 +120,8 @@ def _explain(fault: dict[str, Any], kind: type) -> str:
         return f"{key}: this key is required and is not there. Add it."
     message = fault["msg"].removeprefix("Value error, ")
     if isinstance(value, (dict, list, tuple)) or fault["type"] == "value_error":
-        return f"{key}: {message}"
-    return f"{key}: {message}; found {value!r}."
+        return f"{key}: {message}" if key else message
+    return f"{key or 'the whole file'}: {message}; found {value!r}."
 
 
 _UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")

@@ -76,7 +76,8 @@ def read_image(paths: Sequence[Path], channels: int, spacing_mm: tuple[float, ..
     """
     each, rest = divmod(channels, len(paths))
     if rest:
-        raise DataFileError(paths[0], f"{len(paths)} files cannot hold the {channels} declared channels in equal parts")
+        fact = f"{len(paths)} files were given for {channels} declared channel{'s' * (channels != 1)}"
+        raise DataFileError(paths[0], f"{fact}, and they share them equally: give one file for all, or one for each")
     volumes = [_read_one(path, each) for path in paths]
     first = volumes[0]
     for path, volume in zip(paths, volumes, strict=True):

@@ -105,7 +105,7 @@ def test_channels_in_several_files_are_stacked(tmp_path: Path, nifti: Callable[.
     assert read_image([one, two], 2).array[:, 0, 0, 0].tolist() == [1.0, 2.0]
     with pytest.raises(DataFileError, match=r"c\.nii.*2x3x5.*2x3x4"):
         read_image([one, odd], 2)
-    with pytest.raises(DataFileError, match="cannot hold the 3 declared"):
+    with pytest.raises(DataFileError, match="2 files were given for 3 declared channels"):
         read_image([one, two], 3)
 
 
