@@ -148,7 +148,7 @@ class Supervisor:
         with hold(self.state / "lock"):
             path = self.state / "supervisor.json"
             record = _read_record(path)
-            if any(child.get("phase") != "stopped" for child in record.get("children", {}).values()):
+            if _was_at_work(record):
                 with contextlib.suppress(OSError):
                     last = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
                     self._emit("predecessor_killed", child=None, last_seen=last)
@@ -395,10 +395,17 @@ def read_status(state: Path) -> dict[str, Any] | None:
     return record if alive else None
 
 
+def _was_at_work(record: dict[str, Any]) -> bool:
+    """Whether the supervisor that left this record did not live to end its children."""
+    return any(child.get("phase") != "stopped" for child in record.get("children", {}).values())
+
+
 def _read_record(path: Path) -> dict[str, Any]:
     """The state file, {} if there is none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    children = found.get("children", {}) if isinstance(found, dict) else None
+    sound = isinstance(children, dict) and all(isinstance(child, dict) for child in children.values())
+    return found if sound else {}

@@ -314,8 +314,14 @@ def test_other_processes_see_what_runs(team: Team, tmp_path: Path) -> None:
         (tmp_path / "supervisor.json").write_text(json.dumps(record | other))
         assert read_status(tmp_path) is None
     assert read_status(tmp_path / "no") is None
-    (tmp_path / "supervisor.json").write_text("{torn")
-    assert read_status(tmp_path) is None
+    for damaged in ("{torn", "[]", json.dumps(record | {"children": [1]}), json.dumps(record | {"children": {"a": 1}})):
+        (tmp_path / "supervisor.json").write_text(damaged)
+        assert read_status(tmp_path) is None
+    team.supervisor.stop()
+    (team.state / "supervisor.json").write_text(json.dumps(record | {"children": {"a": 1}}))
+    again = Supervisor((), lambda *_: None, state=team.state)
+    again.start()
+    again.stop()
 
 
 def test_logs_stay_bounded(team: Team, tmp_path: Path) -> None:
