@@ -337,8 +337,17 @@ def chaos(folder: Path, kills: Sequence[Kill], seed: int, say: bool = True) -> l
     return said
 
 
-def main() -> int:
-    """Exit code 1 where something was lost; the seed is printed with it."""
+def read_pairs(words: Sequence[str]) -> list[tuple[Target, ...]]:
+    """PLACE:KIND, joined by +, as targets. Raises ValueError: there is no such process."""
+    known = {f"server:{kind}" for kind in SERVER_KINDS} | {f"{site}:{kind}" for site in SITES for kind in SITE_KINDS}
+    for one in (one for word in words for one in word.split("+")):
+        if one not in known:
+            raise ValueError(f"--only {one}: there is no such process; there are {', '.join(sorted(known))}")
+    return [tuple(Target(*one.split(":")) for one in word.split("+")) for word in words]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 1 where something was lost, with the seed; 2 where it was asked for what cannot be, and nothing ran."""
     parser = argparse.ArgumentParser(prog="python -m tests.e2e.chaos.driver", description=__doc__)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
@@ -346,15 +355,22 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="*", help="PLACE:KIND ... in this order, in place of drawn ones; + joins a pair"
     )
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
+    if given.kills < 1:
+        parser.error(f"--kills {given.kills}: without a kill nothing is proved; give 1 or more")
+    if not 0 <= given.seed < 2**63:
+        parser.error(f"--seed {given.seed}: must lie in 0..2**63 - 1")
+    try:
+        pairs = read_pairs(given.only or ())
+    except ValueError as error:
+        parser.error(str(error))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CODE))  # what runs is ended on the way out
     out = given.out or Path("runs") / f"chaos-{given.seed}"
     if out.exists():
         print(f"error: {out}: is there already; remove it, or choose another folder with --out.", file=sys.stderr)
         return EXIT_CODE
     kills = plan_kills(given.kills, given.seed)
-    if given.only:
-        pairs = [tuple(Target(*one.split(":")) for one in word.split("+")) for word in given.only]
+    if pairs:
         kills = [Kill(1 + PACE * index, 2.0, pair, 5.0) for index, pair in enumerate(pairs)]
     try:
         said = chaos(out, kills, given.seed)

@@ -439,6 +439,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write what was seen as JSON")
     asked = parser.parse_args(arguments)
     chosen = [p for p in PROTECTIONS if (asked.end_to_end or not p.end_to_end) and (asked.only or "") in p.fault]
+    if not chosen:
+        parser.error(f"--only {asked.only}: no fault holds this text, so nothing was tried")
     told = []
     for protection in chosen:
         started = time.monotonic()

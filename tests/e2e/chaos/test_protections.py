@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from medsegdiff.errors import UserError
+from tests.e2e.chaos import driver, protections
 from tests.e2e.chaos.protections import PROTECTIONS, ROOT, check_text, goes_red
 
 
@@ -26,6 +28,27 @@ def test_a_text_that_moved_on_is_told() -> None:
     for text in ("", "x = 1\nx = 1\n"):
         with pytest.raises(UserError, match=r"Mend the entry 'any process killed'"):
             check_text(entry, text)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "fault"),
+    [
+        (driver.main, ["--kills", "0"], "nothing is proved"),
+        (driver.main, ["--kills", "1", "--seed", "-1"], "--seed -1: must lie in"),
+        (driver.main, ["--only", "server:gateway+elm:gateway"], "--only elm:gateway: there is no such process"),
+        (protections.main, ["--only", "nonsense"], "nothing was tried"),
+    ],
+)
+def test_nothing_passes_that_tried_nothing(
+    command: Callable[[list[str]], int], words: list[str], fault: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """No kill, no such seed, process or fault: exit code 2 and the reason, not "0 lost" nor "0 of 0"."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        command(words)
+    assert stop.value.code == 2
+    assert fault in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
