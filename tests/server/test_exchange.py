@@ -465,24 +465,33 @@ def test_a_site_that_refused_and_then_answers_counts(scene) -> None:
     assert s.clock.now - began < 45
 
 
+def have_sites_answer(s: Any) -> None:
+    """The scene's sites answer as real ones do, model and all."""
+    sites = FakeSites(s.talk.plan)
+    for site in NODES.values():
+        s.network[site].answer = lambda m, site=site: sites.content(site, m.metadata.message_type, m)
+
+
+def carry_out(s: Any, rounds: int) -> None:
+    """The scene's run, from a fresh model, by the strategy of a real one."""
+    store = CheckpointStore(s.journal.path.parent / "checkpoints")
+    strategy = FederatedAveraging(s.talk.plan, store, s.journal, s.members)
+    strategy.start(s.network, arrays_to_wire(initial_weights(s.talk.plan.task.model, 0)), rounds)
+
+
 @pytest.mark.parametrize(("quorum", "ends"), [(None, True), (2, True), (3, False)])
 def test_a_rejected_answer_ends_no_run_that_can_go_on(scene, quorum, ends) -> None:
     """Birch answers nonsense: with "all" the others go on without it; a quorum that was asked for stays."""
     s = scene(quorum=quorum)
-    sites, plan = FakeSites(s.talk.plan), s.talk.plan
-    for site in NODES.values():
-        s.network[site].answer = lambda m, site=site: sites.content(site, m.metadata.message_type, m)
+    have_sites_answer(s)
     good = s.network["birch"].answer
     spoil = put(math.nan)
     s.network["birch"].answer = lambda m: spoil(good(m)) if m.metadata.message_type == MessageType.TRAIN else good(m)
-    store = CheckpointStore(s.journal.path.parent / "checkpoints")
-    strategy = FederatedAveraging(plan, store, s.journal, s.members)  # type: ignore[arg-type]
-    begin = arrays_to_wire(initial_weights(plan.task.model, 0))
     if not ends:
         with pytest.raises(UserError, match=r"birch was rejected .*Rounds up to 0 are kept.*lower run\.quorum"):
-            strategy.start(s.network, begin, 2)  # type: ignore[arg-type]
+            carry_out(s, 2)
         return
-    strategy.start(s.network, begin, 2)  # type: ignore[arg-type]
+    carry_out(s, 2)
     committed = [(sorted(line["accepted"]), list(line["rejected"])) for line in s.told("round")[1:]]
     assert committed == [(["alder", "elm"], ["birch"])] * 2
     said = [note["decision"] for note in s.members.notes if note["event"] == "update" and note["site"] == "birch"]
@@ -492,16 +501,12 @@ def test_a_rejected_answer_ends_no_run_that_can_go_on(scene, quorum, ends) -> No
 def test_a_run_that_ends_for_want_of_a_revoked_site_says_so(scene) -> None:
     """With all three asked for, elm leaves in round 1: no word of its log, nor of mending it."""
     s = scene(quorum=3)
-    sites, plan = FakeSites(s.talk.plan), s.talk.plan
-    for site in NODES.values():
-        s.network[site].answer = lambda m, site=site: sites.content(site, m.metadata.message_type, m)
+    have_sites_answer(s)
     good = s.network["elm"].answer
     s.network["elm"].answer = lambda m: None if m.metadata.message_type == MessageType.TRAIN else good(m)
     s.clock.after(10, lambda: s.members.sites.pop("elm"))
-    store = CheckpointStore(s.journal.path.parent / "checkpoints")
-    strategy = FederatedAveraging(plan, store, s.journal, s.members)  # type: ignore[arg-type]
     with pytest.raises(UserError) as caught:
-        strategy.start(s.network, arrays_to_wire(initial_weights(plan.task.model, 0)), 2)  # type: ignore[arg-type]
+        carry_out(s, 2)
     assert "the quorum is 3: elm is no member any more (revoked)." in str(caught.value)
     assert "Admit elm with new keys and go on with medsegfed run RUN.yaml, or lower run.quorum." in str(caught.value)
 
@@ -586,16 +591,12 @@ def test_a_sampled_round_waits_for_no_spare(scene, closes) -> None:
     """Two updates make a round, three sites are asked, one never answers: with a spare the round closes in seconds, and
     nobody was absent; without one it waits for its deadline, and says who was."""
     s = scene(sample=2, over_select=1 if closes else 0, quorum=1)
-    sites, plan = FakeSites(s.talk.plan), s.talk.plan
-    for site in NODES.values():
-        s.network[site].answer = lambda m, site=site: sites.content(site, m.metadata.message_type, m)
-    silent = draw_order(plan.task.seed, 1, plan.roster)[0]
+    have_sites_answer(s)
+    silent = draw_order(s.talk.plan.task.seed, 1, s.talk.plan.roster)[0]
     good = s.network[silent].answer
     s.network[silent].answer = lambda m: None if m.metadata.message_type == MessageType.TRAIN else good(m)
-    store = CheckpointStore(s.journal.path.parent / "checkpoints")
-    strategy = FederatedAveraging(plan, store, s.journal, s.members)  # type: ignore[arg-type]
     began = s.clock.now
-    strategy.start(s.network, arrays_to_wire(initial_weights(plan.task.model, 0)), 1)  # type: ignore[arg-type]
+    carry_out(s, 1)
     event = s.told("round")[-1]
     assert len(event["accepted"]) == (2 if closes else 1)
     assert (event["absent"], event["spare"]) == (([], [silent]) if closes else ([silent], []))
