@@ -212,7 +212,6 @@ def answer_renewal(
         federation.audit().append("site_renewed", site=request.site, serial=serial, not_after=not_after)
     answer = document({"kind": RENEWED, "format": FORMAT, "certificate": certificate_pem(certificate).decode()})
     with contextlib.suppress(UserError):  # a full disk: should this answer be lost, the next one is another certificate
-        given.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(given, answer)
     return answer
 

@@ -349,6 +349,16 @@ def test_an_answer_that_was_lost_is_given_again(federation: Federation, site: Pa
         assert renew_site(site).serial != renewed.serial
 
 
+def test_an_answer_that_cannot_be_kept_is_given_all_the_same(federation: Federation, site: Path) -> None:
+    """The certificate stands in the register already; asked again, the server makes another one."""
+    federation.renewals.parent.mkdir(parents=True, exist_ok=True)
+    federation.renewals.write_text("a file where the folder should be")
+    body = asking(site)
+    first, second = (json.loads(answer_renewal(federation, "alder", body)) for _ in range(2))
+    assert first["kind"] == "medsegfed renewed"
+    assert first["certificate"] != second["certificate"]
+
+
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\xff" * 100, b'{"kind": "medsegfed renewed", "certificate": 7}'])
 def test_an_answer_that_was_damaged_or_revoked_is_not_given_again(
     federation: Federation, site: Path, damage: bytes
